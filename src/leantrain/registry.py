@@ -24,7 +24,7 @@ class Method:
 
 METHODS: tuple[Method, ...] = (
     Method("AdamW", "optim", "leantrain.optim.adamw.AdamW",
-           "PyTorch's own AdamW with its fused kernel: the baseline everything is measured against.",
+           "PyTorch's AdamW step with its fused kernel: the baseline everything is measured against.",
            "Loshchilov & Hutter 2019"),
     Method("GaLoreAdamW", "optim", "leantrain.optim.galore.GaLoreAdamW",
            "AdamW whose moments live in a few directions of each gradient matrix: a third of the optimizer memory.",

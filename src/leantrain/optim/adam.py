@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam as torch_adam
 
 from leantrain.errors import UsageError
@@ -63,7 +64,7 @@ class Adam:
         self, params: list[Tensor], grads: list[Tensor], states: list[State], lr: float | Tensor, weight_decay: float
     ) -> None:
         """The whole AdamW step on `params` in place, parameters of any shapes, by PyTorch's functional form."""
-        fused = all(p.device.type in _FUSED_DEVICES and type(p.data) is Tensor for p in params)
+        fused = all(fused_kernel_applies(param, grad) for param, grad in zip(params, grads, strict=True))
         torch_adam(
             params,
             grads,
@@ -82,6 +83,18 @@ class Adam:
             maximize=False,
             decoupled_weight_decay=True,
         )
+
+
+def fused_kernel_applies(param: Tensor, grad: Tensor) -> bool:
+    """Whether PyTorch's fused Adam reads these tensors as they are meant.
+
+    On the CPU (PyTorch 2.13) it takes their numbers in the order of memory: where a parameter has gaps, or its gradient
+    another layout, it moves the wrong numbers without a word.
+    """
+    if param.device.type not in _FUSED_DEVICES or isinstance(param, DTensor):
+        return False
+    dense = param.is_contiguous() or (param.ndim == 4 and param.is_contiguous(memory_format=torch.channels_last))
+    return dense and param.stride() == grad.stride()
 
 
 def _correction(beta: float, step: Tensor, like: Tensor) -> Tensor:
