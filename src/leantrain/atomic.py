@@ -37,7 +37,7 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        for file in aside.iterdir():
+        for file in aside.rglob("*"):
             _flush(file)
         _flush(aside)
         if path.exists():

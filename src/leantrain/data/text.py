@@ -30,7 +30,7 @@ class Text(TokenWindows):
         UsageError: an argument is not allowed, the path is missing or holds no text, or it is shorter than `context`.
         RunError: a file cannot be read, or the cache cannot be written.
 
-    Example:
+    Examples:
         >>> from leantrain.data import Text
         >>> data = Text(context=64, max_bytes=100_000)
         >>> data.train_batch(seed=0, step=0, size=8).inputs.shape

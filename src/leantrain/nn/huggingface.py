@@ -25,7 +25,7 @@ def from_config(config: PretrainedConfig) -> HuggingFaceLM:
         UsageError: transformers is not installed, `config` is no transformers configuration, transformers has
             no causal language model for it, or its attention would see the token it is to predict.
 
-    Example:
+    Examples:
         model = from_config(transformers.GPT2Config(vocab_size=256, n_positions=128, n_embd=64, n_layer=2,
         n_head=4))
     """

@@ -79,7 +79,7 @@ class Llama(nn.Module):
         UsageError: no size, an unknown preset, or sizes that do not fit one another; in `forward`, inputs
             that are not integer [B, T] or are longer than `context`.
 
-    Example:
+    Examples:
         >>> model = Llama(vocab_size=256, preset="tiny")
         >>> model(torch.zeros(2, 16, dtype=torch.int64)).shape
         torch.Size([2, 16, 256])

@@ -35,7 +35,7 @@ class MLP(nn.Module):
         UsageError: a size is missing, contradicted or not an integer >= 1; the activation is unknown; in
             `forward`, inputs with another number of features.
 
-    Example:
+    Examples:
         >>> import torch
         >>> MLP(features=64, classes=10)(torch.zeros(5, 64)).shape
         torch.Size([5, 10])

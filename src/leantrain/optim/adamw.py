@@ -32,7 +32,7 @@ class AdamW(Chain):
     Raises:
         UsageError: a value outside its range. It is a ValueError.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 2)
         >>> optimizer = AdamW(layer.parameters(), lr=1e-3, weight_decay=0.1)

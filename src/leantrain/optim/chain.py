@@ -60,7 +60,7 @@ class Chain(torch.optim.Optimizer):
     Raises:
         UsageError: a value outside its range.
 
-    Example:
+    Examples:
         >>> from leantrain.optim import Adam, LowRank
         >>> weight = torch.nn.Parameter(torch.ones(6, 4))
         >>> optimizer = Chain([weight], LowRank(Adam(), rank=2), lr=0.1)

@@ -55,7 +55,7 @@ class GaLoreAdamW(Chain):
     Raises:
         UsageError: a value outside its range, or a state of other settings. It is a ValueError.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(64, 32)
         >>> optimizer = GaLoreAdamW(layer.parameters(), lr=1e-2, rank=8, refresh=100)

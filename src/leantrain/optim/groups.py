@@ -48,7 +48,7 @@ def parameter_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list
     Raises:
         UsageError: a group without "params", an invalid expression, or one that matches no parameter that is left.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2))
         >>> [len(group["params"]) for group in parameter_groups(model, [{"params": "hidden", "rank": 2}])]
         [2, 6]

@@ -29,7 +29,7 @@ def schedule(
     Raises:
         UsageError: an unknown kind or a value outside its range.
 
-    Example:
+    Examples:
         >>> factor = schedule("cosine", steps=100, warmup=0.1, min_ratio=0.1)
         >>> [round(factor(step), 3) for step in (0, 9, 54, 99)]
         [0.1, 1.0, 0.55, 0.1]

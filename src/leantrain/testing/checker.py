@@ -46,7 +46,7 @@ def check_optimizer(
         AssertionError: one error that lists every check that failed, each with its reason.
         UsageError: `skips` names a check that does not exist.
 
-    Example:
+    Examples:
         >>> import torch
         >>> report = check_optimizer(
         ...     torch.optim.Adadelta, {"lr": 1.0},
@@ -148,7 +148,7 @@ def run_checks(case: OptimizerCase, only: Iterable[str] = OPTIMIZER_CHECKS) -> R
 def parametrize_with_checks(cases: Iterable[OptimizerCase]) -> pytest.MarkDecorator:
     """Decorator that makes each check of each case a pytest test of its own, called with the argument `check`.
 
-    Example:
+    Examples:
         @parametrize_with_checks([OptimizerCase(name="mine", optimizer_class=Mine, settings={"lr": 1e-2})])
         def test_my_optimizer(check):
             check()
