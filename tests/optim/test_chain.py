@@ -96,6 +96,15 @@ def test_a_factored_update_equals_the_whole_one(contiguous: bool) -> None:
     torch.testing.assert_close(weight.detach(), start - 0.1 * whole.view(start.shape))
 
 
+def test_state_that_somebody_cleared_starts_anew() -> None:
+    weights = params((3, 2), (3, 2))
+    optimizer = Chain(weights, Plain())
+    optimizer.step()
+    optimizer.state.clear()
+    optimizer.step()
+    assert [float(optimizer.state[w]["count"][0, 0]) for w in weights] == [1, 1]
+
+
 def test_state_of_another_optimizer_is_refused() -> None:
     saved = Chain(params((3, 2)), Plain())
     saved.step()

@@ -36,7 +36,7 @@ class Backprop:
         UsageError: an unknown task or precision, a model without parameters to train, or, in use, outputs and
             targets that do not fit the task.
 
-    Example:
+    Examples:
         learner = Backprop(model, "next_token")
         result = learner.step(batch)
         optimizer.step()

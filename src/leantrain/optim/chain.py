@@ -31,17 +31,19 @@ class _Stack:
     """Parameters of one shape and their state, joined along a new first axis."""
 
     params: list[Tensor]
+    states: list[State]
+    """Each parameter's own, made of slices of `state`."""
     state: State
 
     @classmethod
     def of(cls, params: list[Tensor], states: list[State]) -> _Stack:
-        joined = {}
+        joined: State = {}
         for name in states[0]:
             parts = [state[name] for state in states]
             joined[name] = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
             for index, state in enumerate(states):
                 state[name] = joined[name][index]
-        return cls(params, joined)
+        return cls(params, states, joined)
 
     def grads(self) -> Tensor:
         grads = [_gradient(param) for param in self.params]
@@ -153,8 +155,8 @@ class Chain(torch.optim.Optimizer):
             _descend(param, update, index, lr)
 
     def _stacks_of(self, index: int, params: list[Tensor]) -> list[_Stack]:
-        """The stacks of these parameters, made again only when others than last time have gradients."""
-        members = [id(param) for param in params]
+        """The stacks of these parameters, made again only when others than last time have gradients, or other state."""
+        members = [id(self.state[param]) for param in params]  # stacks keep these alive, so an id is not used again
         known = self._stacks.get(index)
         if known is None or known[0] != members:
             together: dict[tuple[Any, ...], list[Tensor]] = {}
