@@ -27,6 +27,6 @@ METHODS: tuple[Method, ...] = (
            "PyTorch's AdamW step with its fused kernel: the baseline everything is measured against.",
            "Loshchilov & Hutter 2019"),
     Method("GaLoreAdamW", "optim", "leantrain.optim.galore.GaLoreAdamW",
-           "AdamW whose moments live in a few directions of each gradient matrix: a third of the optimizer memory.",
+           "AdamW whose moments live in a few directions of each gradient matrix: less optimizer memory.",
            "Zhao et al. 2024"),
 )  # fmt: skip
