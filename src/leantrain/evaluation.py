@@ -1,0 +1,51 @@
+"""The loss on held-out data, shared out over the processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from leantrain.data import Batch, Data
+from leantrain.learn import Learner
+from leantrain.processes import World
+
+
+def evaluate(learner: Learner, data: Data, world: World, size: int, limit: int | None) -> dict[str, float]:
+    """Mean loss over the held-out data, the same in every process.
+
+    Args:
+        size: examples per forward pass of one process.
+        limit: most batches of `size`, over all processes together; None: all held-out data.
+
+    Returns:
+        `val_loss`; for text its `val_perplexity`; for classes the `val_accuracy`, a part from 0 to 1.
+    """
+    found: dict[str, Tensor] = {}
+    for batch, counts in _share(data.eval_batches(size, limit), world):
+        for name, value in learner.evaluate(batch.to(world.device)).items():
+            # Added in float64 on the device, so that nothing waits for it before the end.
+            found[name] = value.double() * counts + found.get(name, 0.0)
+    sums = world.total({name: value.item() for name, value in found.items()})
+    if not sums.get("count"):
+        return {"val_loss": math.nan}
+    values = {"val_loss": sums["loss_sum"] / sums["count"]}
+    if data.task == "next_token":
+        values["val_perplexity"] = math.exp(values["val_loss"]) if values["val_loss"] < 700 else math.inf
+    if data.task == "classification":
+        values["val_accuracy"] = sums["correct"] / sums["count"]
+    return values
+
+
+def _share(batches: Iterator[Batch], world: World) -> Iterator[tuple[Batch, int]]:
+    """Batches in rounds, one to each process, with 1 if it counts. All processes get the same number, because a
+    sharded model needs all of them in every forward pass: in a last round that is short, some repeat a batch for 0."""
+    this_round: list[Batch] = []
+    for batch in batches:
+        this_round.append(batch)
+        if len(this_round) == world.size:
+            yield this_round[world.rank], 1
+            this_round = []
+    if this_round:
+        yield this_round[min(world.rank, len(this_round) - 1)], int(world.rank < len(this_round))

@@ -1,0 +1,296 @@
+"""The training loop: a step is one trip from left to right.
+
+    data ──► nn ──► learn ──► exchange ──► optim          ledger watches every station
+
+Everything random in a step is decided by (seed, step, process), and its batch is a pure function of (seed, step). So a
+checkpoint keeps no generator, and a run that was stopped and went on is bit for bit the run that never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from leantrain import checkpoint
+from leantrain.data import Batch, Data
+from leantrain.errors import RunError, UsageError
+from leantrain.evaluation import evaluate
+from leantrain.exchange import Exchange
+from leantrain.finite import FiniteGuard
+from leantrain.journal import Journal, OnEvent, RunResult, Status
+from leantrain.ledger import record
+from leantrain.ledger.environment import describe
+from leantrain.ledger.ledger import Ledger
+from leantrain.optim.schedules import schedule
+from leantrain.processes import World, joined, stop_on_signals
+from leantrain.progress import Progress, check_same_recipe
+from leantrain.recipe import (
+    Recipe,
+    build_data,
+    build_exchange,
+    build_learner,
+    build_model,
+    build_optimizers,
+    recipe_to_dict,
+)  # fmt: skip
+from leantrain.recipe.locate import locate
+from leantrain.recipe.yaml import dump
+from leantrain.snapshot import is_sharded
+from leantrain.trackers import check_trackers
+
+__all__ = ["RunResult", "train"]
+
+
+def train(
+    recipe: Recipe, out: Path | str, *,
+    resume: bool = True, on_event: OnEvent = lambda event: None, allow: Sequence[str] = (),
+) -> RunResult:  # fmt: skip
+    """Train as `recipe` says, in the folder `out`, going on from its newest intact checkpoint if there is one.
+
+    Args:
+        recipe: what to train.
+        out: the run's folder: recipe.yaml, log.jsonl, checkpoints/, tensorboard/, result.json.
+        resume: False throws away what `out` holds of an earlier run and begins anew.
+        on_event: called with a dict for every event; its `kind` is start, step, eval, checkpoint, note or end.
+        allow: not used, because a recipe's classes were checked when it was read; every entry point takes it.
+
+    Returns:
+        How the run ended: "finished", or "interrupted" by SIGTERM or Ctrl-C after saving a checkpoint.
+
+    Raises:
+        UsageError: the recipe cannot be trained, or `out` holds a run of another recipe.
+        RunError: a loss or gradient that is not finite, a full disk, a lost process. What was saved is still there.
+    """
+    check_trackers(recipe.trackers)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    with joined(recipe.device) as world, stop_on_signals() as stop:
+        run = Run(recipe, world, Journal(Path(out), on_event, writes=world.first))
+        try:
+            run.begin(resume)
+            with run.ledger or nullcontext():
+                status = run.to_the_end(stop_requested=lambda: stop.signal is not None)
+        except Exception:
+            with suppress(OSError):  # the disk may be what failed
+                run.end("failed")
+            raise
+        return run.end(status)
+
+
+class Run:
+    """The stations of a step, built from a recipe, and the loop over them."""
+
+    def __init__(self, recipe: Recipe, world: World, journal: Journal) -> None:
+        self.recipe, self.world, self.journal = recipe, world, journal
+        self.exchange: Exchange = build_exchange(recipe)
+        _check_processes(recipe, world, self.exchange)
+        self.data: Data = build_data(recipe)
+        if recipe.max_tokens is not None and self.data.task != "next_token":
+            raise UsageError(f"max_tokens={recipe.max_tokens} needs tokens, and {recipe.data.class_path} gives none")
+        self.model = build_model(recipe, self.data).to(world.device)
+        self.attached = self.exchange.attach(self.model)
+        if recipe.compile:
+            self.attached.compile()
+        self.optimizers = build_optimizers(recipe, self.model)
+        self.learner = build_learner(recipe, self.attached, self.data.task)
+        self.ledger = Ledger(self.attached, self.optimizers) if recipe.ledger else None
+        self.base_lr = [float(group["lr"]) for group in self.groups()]
+        self.trained = [param for group in self.groups() for param in group["params"]]
+        self.factor = schedule(recipe.schedule, steps=recipe.steps, warmup=recipe.warmup, min_ratio=recipe.min_lr)
+        self.bytes_sent = self.exchange.bytes_sent_per_step(self.attached, world.size, recipe.accumulate)
+        self.progress = Progress(recipe, world)
+        self.guard = FiniteGuard()
+        self.norm = torch.zeros(())
+        self.saved: Path | None = None
+        self.savable, self.stopping = True, False
+        self.evaluated_at = -1
+
+    def to_the_end(self, stop_requested: Callable[[], bool]) -> Status:
+        """Step until the budget is spent or somebody asks to stop. A step's checkpoint comes before its evaluation, so
+        that stopping is quick; an evaluation that was missed is made up for when the run goes on."""
+        recipe, progress = self.recipe, self.progress
+        while True:
+            if self.stopping and not progress.finished:
+                return "interrupted"
+            if (progress.finished or self.due(recipe.eval_every)) and self.evaluated_at < progress.step:
+                self.evaluate()
+            if progress.finished:
+                return "finished"
+            self.step(stop_requested)
+            if progress.finished or self.due(recipe.log_every):
+                self.log()
+            if progress.finished or self.due(recipe.checkpoint_every) or self.stopping:
+                self.save()
+
+    def step(self, stop_requested: Callable[[], bool]) -> None:
+        """One optimizer step on one global batch, `batch_size` examples over all processes."""
+        started, recipe, number = time.perf_counter(), self.recipe, self.progress.step
+        _seed_everything(recipe.seed, number, self.world)
+        with record.phase("data"):
+            everyones = self.data.train_batch(recipe.seed, number, recipe.batch_size)
+            batch = everyones.shard(self.world.rank, self.world.size).to(self.world.device)
+        loss, examples = self.find_gradients(batch)
+        with record.phase("update"):
+            self.norm = _total_norm(self.trained)
+            self.agree(self.guard.watch(number + 1, loss, self.norm), stop_requested())
+            if recipe.clip is not None:
+                clip_grads_with_norm_(self.trained, recipe.clip, self.norm)
+            factor = self.factor(self.progress.position())
+            for group, base_lr in zip(self.groups(), self.base_lr, strict=True):
+                group["lr"] = base_lr * factor
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if self.ledger is not None:
+            self.ledger.step_done(examples=examples, tokens=everyones.tokens)
+        self.progress.stepped(loss, everyones.tokens, examples, time.perf_counter() - started)
+
+    def find_gradients(self, batch: Batch) -> tuple[Tensor, int]:
+        """Fill `.grad` from this process's batch, one micro-batch after another.
+
+        Returns:
+            The batch's mean loss, and how many examples all processes used.
+        """
+        micro_batches = batch.split(self.recipe.accumulate)
+        losses, examples = [], 0
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with self.exchange.gradient_sync(self.attached, enabled=number == len(micro_batches)):
+                result = self.learner.step(micro_batch, weight=1 / len(micro_batches))
+            losses.append(result.loss)
+            examples += result.examples_used * self.world.size
+        record.add("bytes_sent", self.bytes_sent)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), examples
+
+    def agree(self, problem: str | None, stop: bool) -> None:
+        """All processes count time and stop together, and one number that is not finite ends the run in all of them."""
+        worst = self.world.highest(stop or self.stopping, self.progress.seconds, problem is not None)
+        self.stopping, self.progress.agreed_seconds = bool(worst[0]), worst[1]
+        if worst[2]:
+            last = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+            raise RunError(f"{problem or 'another process found a loss that is not finite'}; {last}")
+
+    def due(self, every: int) -> bool:
+        """Whether something is due after this step that happens `every` so many, 0 meaning never."""
+        return every > 0 and self.progress.step > 0 and self.progress.step % every == 0
+
+    # What surrounds the steps. It counts neither as training time nor in the ledger.
+
+    def begin(self, resume: bool) -> None:
+        """Go on from the newest intact checkpoint, or start at step 0."""
+        folder = self.journal.folder / "checkpoints"
+        self.saved = checkpoint.newest_intact(folder, self.journal.note) if resume else None
+        step, extra = checkpoint.read_state(self.saved) if self.saved else (0, {})
+        newest, oldest = self.world.highest(step, -step)
+        if newest != -oldest:
+            raise RunError(f"processes see different checkpoints in {folder}; it must be on a disk that they share")
+        if self.saved is not None:
+            check_same_recipe(self.recipe, extra["progress"], self.saved)
+            checkpoint.load(self.saved, self.model, self.optimizers)
+            self.progress.restore(extra["progress"])
+            self.journal.notes.extend(extra["notes"])
+            if self.ledger is not None and extra["ledger"] is not None:
+                self.ledger.load_state_dict(extra["ledger"])
+        elif self.world.first:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.journal.open(step, recipe_to_dict(self.recipe), dump(recipe_to_dict(self.recipe)))
+        self.evaluated_at = int(self.world.highest(self.journal.last_evaluation())[0])
+        self.journal.tell(
+            "start", name=self.recipe.name, step=step, steps=self.recipe.steps, parameters=self.parameters(),
+            device=str(self.world.device), world=self.world.size,
+        )  # fmt: skip
+
+    def log(self) -> None:
+        """One line: the mean loss since the line before, and where things stand."""
+        with self.unmeasured():
+            self.journal.line("step", {
+                "step": self.progress.step, "loss": self.progress.take_mean_loss(), "lr": self.groups()[0]["lr"],
+                "grad_norm": self.norm.item(), "tokens": self.progress.tokens, "examples": self.progress.examples,
+                "seconds": self.progress.seconds,
+            })  # fmt: skip
+
+    def evaluate(self) -> None:
+        """One line about the held-out data, in forward passes as large as those of training."""
+        parts = self.recipe.accumulate * self.world.size
+        limit = None if self.recipe.eval_batches is None else self.recipe.eval_batches * parts
+        with self.unmeasured():
+            found = evaluate(self.learner, self.data, self.world, self.recipe.batch_size // parts, limit)
+            counts = {"tokens": self.progress.tokens, "seconds": self.progress.seconds}
+            self.journal.line("eval", {"step": self.progress.step, **found, **counts})
+        self.evaluated_at = self.progress.step
+
+    def save(self) -> None:
+        """A checkpoint of this step. An optimizer that cannot be saved ends checkpoints with a note, not the run."""
+        if not self.savable:
+            return
+        with self.unmeasured():
+            self.agree(self.guard.settle(), self.stopping)
+            self.journal.flush()
+            ledger = self.ledger.state_dict() if self.ledger is not None else None
+            extra = {"progress": self.progress.to_dict(), "notes": self.journal.notes, "ledger": ledger}
+            folder, step = self.journal.folder / "checkpoints", self.progress.step
+            try:
+                self.saved = checkpoint.save(folder, step, self.model, self.optimizers, extra, keep=self.recipe.keep)
+            except checkpoint.UnsavableState as error:
+                self.savable = False
+                self.journal.note(f"this run cannot be resumed: {error}")
+            else:
+                self.journal.tell("checkpoint", step=step, path=str(self.saved))
+
+    def end(self, status: Status) -> RunResult:
+        """Write down how the run stands and close its journal."""
+        progress = self.progress
+        result = RunResult(
+            name=self.recipe.name, seed=self.recipe.seed, status=status, steps=progress.step, tokens=progress.tokens,
+            examples=progress.examples, seconds=progress.seconds, parameters=self.parameters(),
+            final=self.journal.final(), curve=self.journal.curve(),
+            ledger=self.ledger.summary() if self.ledger is not None and progress.step > 0 else None,
+            environment=describe(), recipe=recipe_to_dict(self.recipe), notes=self.journal.notes,
+        )  # fmt: skip
+        self.journal.close(result)
+        return result
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Every optimizer's parameter groups. Asked for anew each time: loading a state replaces the dicts."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def unmeasured(self) -> AbstractContextManager[object]:
+        return self.ledger.pause() if self.ledger is not None else nullcontext()
+
+    def parameters(self) -> int:
+        return sum(param.numel() for param in self.model.parameters())
+
+
+def _check_processes(recipe: Recipe, world: World, exchange: Exchange) -> None:
+    """Refuse, before data are read, what cannot be shared out over the processes."""
+    for key, component in (("optim", recipe.optim), ("rest", recipe.rest)):
+        if component is not None:
+            exchange.check_optimizer(locate(key, component.class_path))
+    if recipe.batch_size % (world.size * recipe.accumulate):
+        raise UsageError(
+            f"batch_size must be a multiple of processes x accumulate = {world.size} x {recipe.accumulate}, "
+            f"got batch_size={recipe.batch_size}"
+        )
+
+
+def _seed_everything(seed: int, step: int, world: World) -> None:
+    """Dropout and the like draw other numbers in every step and process, and the same ones whenever it is repeated."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "big")
+    torch.default_generator.manual_seed(number)  # torch.manual_seed does the same in 300 times as many microseconds
+    if world.device.type == "cuda":
+        torch.cuda.default_generators[world.device.index].manual_seed(number)
+
+
+def _total_norm(params: Sequence[Tensor]) -> Tensor:
+    """Norm of the whole gradient, also where processes hold only parts of it."""
+    norm = get_total_norm([param.grad for param in params if param.grad is not None])
+    return norm.full_tensor() if is_sharded(norm) else norm
