@@ -126,9 +126,7 @@ def test_state_of_every_kind_comes_back_exactly_and_owns_its_memory(tmp_path: Pa
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    dtype=st.sampled_from(DTYPES), shape=st.lists(st.integers(0, 3), max_size=3), param=st.sampled_from(DTYPES[:3])
-)
+@given(dtype=st.sampled_from(DTYPES), shape=st.lists(st.integers(0, 3), max_size=3), param=st.sampled_from(DTYPES[:3]))
 def test_state_keeps_its_dtype_whatever_the_parameter_has(
     dtype: torch.dtype, shape: list[int], param: torch.dtype, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

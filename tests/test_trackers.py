@@ -29,9 +29,7 @@ class Calls:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.made.append((name, args, kwargs))
-            return SimpleNamespace(
-                log=self.log, finish=self.finish, info=SimpleNamespace(run_id="run-7")
-            )
+            return SimpleNamespace(log=self.log, finish=self.finish, info=SimpleNamespace(run_id="run-7"))
 
         return call
 

@@ -1,6 +1,6 @@
 """The AdamW step against PyTorch's fused one, taking turns on the same weights' copies, one thread.
 
-    python -m benchmarks.optim.adamw
+python -m benchmarks.optim.adamw
 """
 
 from __future__ import annotations

@@ -176,24 +176,34 @@ def _meet(number: int, size: int, device: torch.device) -> Store:
     return PrefixStore("alive", store)
 
 
-def _who_is_gone(world: World, patience_s: float = 2.0) -> str:
+def _who_is_gone(world: World, patience_s: float = 5.0) -> str:
     """Name the processes that do not say they are alive. Everyone who lost a connection asks this at about the same
     time, so an answer that has not come after `patience_s` will not come."""
     if world.store is None:
         return f"process {world.rank} of {world.size} lost the others"
-    gone = []
+    peers, gone = range(world.size), []
     try:
-        world.store.set(str(world.rank), "alive")
-        deadline = time.monotonic() + patience_s
-        for peer in range(world.size):
-            try:
-                world.store.wait([str(peer)], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-            except dist.DistStoreError:
-                gone.append(str(peer))
+        world.store.set(f"{world.rank}", "alive")
+        gone = _silent(world.store, [f"{peer}" for peer in peers], patience_s)
+        world.store.set(f"{world.rank} knows", "")
+        if world.rank == 0:  # it may hold the store, and the others have not finished asking
+            _silent(world.store, [f"{peer} knows" for peer in peers if f"{peer}" not in gone], patience_s)
     except dist.DistNetworkError:  # rank 0 holds the store, unless torchrun does
-        gone = ["0"]
+        gone = gone or ["0"]
     names = f"rank {', '.join(gone)} of {world.size}" if gone else "a connection between processes"
     return f"{names} stopped answering rank {world.rank}"
+
+
+def _silent(store: Store, keys: list[str], patience_s: float) -> list[str]:
+    """Those of `keys` that nobody has set after `patience_s`."""
+    deadline, silent = time.monotonic() + patience_s, []
+    for key in keys:
+        try:
+            # What is there already gets time to be read, however long the others were waited for.
+            store.wait([key], timedelta(seconds=max(0.5, deadline - time.monotonic())))
+        except dist.DistStoreError:
+            silent.append(key)
+    return silent
 
 
 def _is_lost_connection(error: BaseException) -> bool:

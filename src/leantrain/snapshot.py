@@ -183,7 +183,7 @@ def _unpack(value: Any, file: TensorFile, param: Tensor | None) -> Any:
     """The inverse of `_Packer`; tensors of `param`'s shape are sharded as it is."""
     if not isinstance(value, dict):
         return value
-    (kind, content), = value.items()
+    ((kind, content),) = value.items()
     if kind == "tensor":
         tensor = file.get_tensor(content).clone()  # a tensor of its own, not a window on the file
         return tensor if param is None or tensor.shape != param.shape else _sharded_like(tensor, param)

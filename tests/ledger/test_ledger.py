@@ -495,4 +495,6 @@ def test_misuse_is_named(act: Callable[[Ledger], object], message: str) -> None:
         with pytest.raises(UsageError, match=message):
             act(ledger)
     finally:
-        record.activate(None)
+        if ledger._active:
+            ledger.__exit__()
+    assert torch._C._len_torch_dispatch_stack() == 0  # what followed a phase that was left open is gone too

@@ -73,6 +73,8 @@ class Batch:
     def _parts(self, n: int, wanted: str) -> tuple[Batch, ...]:
         if n < 1 or len(self) % n:
             raise UsageError(f"a batch of {len(self)} examples cannot be cut into {wanted} of equal size")
+        if n == 1:
+            return (self,)
         size = len(self) // n
         cuts = [slice(part * size, (part + 1) * size) for part in range(n)]
         return tuple(Batch(self.inputs[cut], self.targets[cut], self.ids[cut]) for cut in cuts)

@@ -95,6 +95,9 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         record.activate(self._previous)
+        while self._watches:  # of phases that were entered by hand and never left
+            self._watches.pop().close()
+        self._open.clear()
         self._energy.stop()
         self._total_peak.sample()
         self._book(wait=True)
