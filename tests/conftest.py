@@ -21,7 +21,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Point LEANTRAIN_CACHE at a folder of this session: no test reads what an earlier one, or a user, left behind."""
+    """Point LEANTRAIN_CACHE at a folder of this test run: no test reads what an earlier one, or a user, left behind."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["LEANTRAIN_CACHE"] = str(folder)
     return folder
