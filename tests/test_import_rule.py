@@ -25,6 +25,7 @@ LAYERS = (
     {"recipe"},
     ROOMS,
     {"processes"},
+    {"roll_call"},
 )
 """From the top down: each imports only what stands below it."""
 

@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from leantrain.errors import RunError, UsageError
+from leantrain.roll_call import RollCall
 
 TIMEOUT_VARIABLE = "LEANTRAIN_TIMEOUT_S"
 """Environment variable: seconds after which a process that does not answer is given up."""
@@ -41,8 +42,6 @@ class World:
     rank: int
     size: int
     device: torch.device
-    store: Store | None = None
-    """What the processes met through; only asked again when a connection is lost, to see who is still there."""
 
     @property
     def first(self) -> bool:
@@ -99,14 +98,17 @@ def joined(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(0, 1, chosen)
         return
-    world = World(number, size, chosen, _meet(number, size, chosen))
+    roll_call = RollCall(_meet(number, size, chosen), number, size)
+    world = World(number, size, chosen)
     _groups.append(dist.group.WORLD)
     try:
         yield world
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        raise RunError(f"{_who_is_gone(world)}: {_first_line(error)}") from error
+        gone = roll_call.gone()
+        lost = f"rank {gone} of {size}" if gone else "a connection between processes"
+        raise RunError(f"{lost} stopped answering rank {number}: {_first_line(error)}") from error
     finally:
         dist.destroy_process_group()
 
@@ -174,36 +176,6 @@ def _meet(number: int, size: int, device: torch.device) -> Store:
             problem = f"process {number} of {size} cannot meet the others at {address}: {_first_line(error)}"
         raise RunError(problem) from error
     return PrefixStore("alive", store)
-
-
-def _who_is_gone(world: World, patience_s: float = 5.0) -> str:
-    """Name the processes that do not say they are alive. Everyone who lost a connection asks this at about the same
-    time, so an answer that has not come after `patience_s` will not come."""
-    if world.store is None:
-        return f"process {world.rank} of {world.size} lost the others"
-    peers, gone = range(world.size), []
-    try:
-        world.store.set(f"{world.rank}", "alive")
-        gone = _silent(world.store, [f"{peer}" for peer in peers], patience_s)
-        world.store.set(f"{world.rank} knows", "")
-        if world.rank == 0:  # it may hold the store, and the others have not finished asking
-            _silent(world.store, [f"{peer} knows" for peer in peers if f"{peer}" not in gone], patience_s)
-    except dist.DistNetworkError:  # rank 0 holds the store, unless torchrun does
-        gone = gone or ["0"]
-    names = f"rank {', '.join(gone)} of {world.size}" if gone else "a connection between processes"
-    return f"{names} stopped answering rank {world.rank}"
-
-
-def _silent(store: Store, keys: list[str], patience_s: float) -> list[str]:
-    """Those of `keys` that nobody has set after `patience_s`."""
-    deadline, silent = time.monotonic() + patience_s, []
-    for key in keys:
-        try:
-            # What is there already gets time to be read, however long the others were waited for.
-            store.wait([key], timedelta(seconds=max(0.5, deadline - time.monotonic())))
-        except dist.DistStoreError:
-            silent.append(key)
-    return silent
 
 
 def _is_lost_connection(error: BaseException) -> bool:
