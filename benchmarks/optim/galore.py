@@ -1,8 +1,9 @@
-"""GaLore against AdamW, both tuned, three seeds, on a Llama of a million parameters.
+"""GaLore against AdamW, all tuned, three seeds: once as its claim is meant, once with one learning rate for everything.
 
     python -m benchmarks.optim.galore
 
-Runs recipes/galore.yaml into runs/galore (an interrupted one goes on where it stopped) and keeps its summary.
+Runs recipes/galore.yaml and recipes/galore-one-rate.yaml into runs/ (an interrupted one goes on where it stopped) and
+keeps their summaries.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def main() -> None:
-    comparison = read_comparison(ROOT / "recipes" / "galore.yaml", [], [])
-    results = compare(comparison, ROOT / "runs" / "galore", on_event=tell)
+    record("galore", "optim/galore", "GaLore at rank d/4 against AdamW, the same AdamW for embedding and head")
+    record("galore-one-rate", "optim/galore_one_rate", "GaLore at rank d/4 against AdamW, one rate for all parameters")
+
+
+def record(recipe: str, name: str, title: str) -> None:
+    """Run a comparison and save its summary under `name`."""
+    comparison = read_comparison(ROOT / "recipes" / f"{recipe}.yaml", [], [])
+    results = compare(comparison, ROOT / "runs" / recipe, on_event=tell)
     if results["status"] != "finished":
-        raise SystemExit(f"the comparison ended as {results['status']}: nothing is recorded")
-    recipe, runs = comparison.base, results["runs"]
-    parameters = runs["adamw"]["results"][0]["parameters"]
+        raise SystemExit(f"{recipe} ended as {results['status']}: nothing is recorded")
+    runs, one = results["runs"], results["runs"]["adamw"]["results"][0]
     write_result(
-        "optim/galore",
-        title=f"GaLore at rank d/4 against AdamW, Llama of {parameters / 1e6:.2f} M, {recipe['steps']} steps",
+        name,
+        title=f"{title}: Llama of {one['parameters'] / 1e6:.2f} M parameters, {one['steps']} steps",
         columns=["run", "lr", "validation perplexity", "against AdamW", "p", "optimizer MB"],
         rows=[row(name, run, results) for name, run in runs.items()],
         notes=[
             f"Mean ± standard deviation over seeds {', '.join(map(str, results['seeds']))}; learning rates chosen from "
             f"{len(results['tune']['adamw']['grid'])} values for each run on another seed. Tokens: "
-            f"{runs['adamw']['results'][0]['tokens'] / 1e6:.2f} M of Python's standard library as bytes. p: paired "
-            "t-test on the validation loss.",
+            f"{one['tokens'] / 1e6:.2f} M of Python's standard library as bytes. p: paired t-test on the validation "
+            "loss.",
             *(f"{name}: {note}." for name, run in runs.items() for note in run["notes"]),
         ],
     )

@@ -112,8 +112,17 @@ def test_state_of_another_optimizer_is_refused() -> None:
         Chain(params((3, 2), (3, 2)), Plain()).load_state_dict(saved.state_dict())
     with pytest.raises(ValueError, match=r"parameter 0 has count of shape \(3, 2\).*need \(4, 2\)"):
         Chain(params((4, 2)), Plain()).load_state_dict(saved.state_dict())
-    with pytest.raises(ValueError, match="count of shape"):
+    with pytest.raises(ValueError, match=r"has count of shape \(3, 2\), but these settings of Chain need none"):
         Chain(params((3, 2)), Adam()).load_state_dict(saved.state_dict())
+    joining = Chain(params((3, 2), (4, 2)), Plain())
+    joining.param_groups[0]["params"][0].grad = None
+    joining.step()  # only the second parameter has state
+    with pytest.raises(ValueError, match="parameter 1 has count"):
+        Chain(params((3, 2), (5, 2)), Plain()).load_state_dict(joining.state_dict())
+    late = saved.state_dict()
+    del late["state"][0]["count"]
+    with pytest.raises(ValueError, match="has count of shape missing, but"):
+        Chain(params((3, 2)), Plain()).load_state_dict(late)
 
 
 def test_loaded_state_is_a_copy() -> None:

@@ -34,6 +34,41 @@ def test_convolutions_are_hidden_and_the_last_linear_layer_is_the_output() -> No
     assert hidden_matrices(model) == ["0.weight", "3.weight"]
 
 
+class HeadFirst(nn.Module):
+    """The output layer is made before the blocks, which hold a linear layer tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 4)
+        self.head = nn.Linear(4, 10)
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.layers[1].weight = self.embedding.weight
+
+
+class NamesItsOutput(HeadFirst):
+    def get_output_embeddings(self) -> nn.Module:
+        return self.layers[0]
+
+
+def test_the_output_layer_is_the_one_outside_the_blocks_wherever_it_stands() -> None:
+    assert hidden_matrices(HeadFirst()) == ["layers.0.weight"]
+
+
+def test_a_model_that_names_its_output_layer_is_believed() -> None:
+    assert hidden_matrices(NamesItsOutput()) == ["head.weight"]
+
+
+def test_a_model_that_is_one_layer_has_a_weight_without_a_prefix() -> None:
+    assert hidden_matrices(nn.Conv2d(1, 2, 3)) == ["weight"]
+    assert hidden_matrices(nn.Linear(2, 2)) == []
+
+
+def test_hidden_takes_the_hidden_matrices_and_no_other_parameter() -> None:
+    hidden, rest = parameter_groups(Untied(), [{"params": "hidden"}])
+    assert [name for name, _ in hidden["params"]] == ["layers.0.weight", "layers.1.weight"]
+    assert {name for name, _ in rest["params"]} == {"embedding.weight", "layers.0.bias", "layers.1.bias", "head.weight"}
+
+
 def test_frozen_matrices_are_not_named() -> None:
     model = Untied()
     model.layers[0].requires_grad_(False)

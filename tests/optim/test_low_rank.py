@@ -182,6 +182,22 @@ def test_a_first_basis_that_fails_is_the_axes_until_one_succeeds() -> None:
     weight.grad = torch.ones(6, 4)
     optimizer.step()
     assert not torch.equal(optimizer.state[weight]["basis"], torch.eye(4, 2))
+    # The waiting time of the schedule counts from the basis that succeeded, at step 1.
+    assert int(optimizer.state[weight]["next_refresh"]) == 1 + 200
+
+
+def test_one_basis_inside_another_is_refused() -> None:
+    with pytest.raises(ValueError, match="LowRank inside LowRank"):
+        LowRank(LowRank(Adam(), 2), 6)
+
+
+def test_half_precision_weights_move_as_float32_ones_do_to_their_precision() -> None:
+    weight, grads = problem(12, 10, steps=5)
+    rule = LowRank(Adam(), 3, refresh=2)
+    wide = run(rule, weight.float(), [g.float() for g in grads])
+    narrow = run(rule, weight.bfloat16(), [g.bfloat16() for g in grads])
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), wide, rtol=2e-2, atol=2e-2)
 
 
 def test_subspace_iteration_ignores_global_random_state() -> None:

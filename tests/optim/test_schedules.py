@@ -43,3 +43,13 @@ def test_cosine_is_pytorchs_cosine() -> None:
 def test_wrong_settings_are_named(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         schedule(**{"kind": "cosine", "steps": 10, **bad})
+
+
+def test_by_default_it_warms_up_for_a_tenth_and_falls_along_a_cosine_to_a_tenth() -> None:
+    usual, spelled = schedule(steps=100), schedule("cosine", steps=100, warmup=0.1, min_ratio=0.1)
+    assert [usual(step) for step in range(100)] == [spelled(step) for step in range(100)]
+
+
+def test_a_floor_of_one_is_constant_after_the_warm_up() -> None:
+    factor = schedule("linear", steps=10, warmup=0.2, min_ratio=1.0)
+    assert [factor(step) for step in range(10)] == [0.5] + [1.0] * 9

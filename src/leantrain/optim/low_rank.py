@@ -59,6 +59,8 @@ class LowRank:
         for name in ("rank", "refresh"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise UsageError(f"{name} must be an integer >= 1, got {name}={value!r}")
+        if isinstance(self.inner, LowRank):
+            raise UsageError("inner must be a rule without a basis of its own, got LowRank inside LowRank")
         if not self.scale > 0:
             raise UsageError(f"scale must be > 0, got scale={self.scale!r}")
         if self.on_refresh not in get_args(OnRefresh):
@@ -98,7 +100,7 @@ class LowRank:
         basis = state["basis"]
         projected = grad_KMN @ basis if right else basis.mT @ grad_KMN
         inner = self.inner.update(projected, state, step - state["moments_since"])
-        inner = inner.dense() if isinstance(inner, Factored) else inner
+        assert isinstance(inner, Tensor)  # only a low-rank rule returns factors, and one inside another is refused
         inner = inner.to(basis.dtype)
         return Factored(inner, basis.mT, self.scale) if right else Factored(basis, inner, self.scale)
 
