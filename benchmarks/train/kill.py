@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -30,7 +29,7 @@ KILLS = 30
 LONGEST_LIFE_S = 1.2
 
 RECIPE = Recipe(
-    name="kill", steps=500, batch_size=4, log_every=1, eval_every=50, eval_batches=2, checkpoint_every=1, trackers=[],
+    name="kill", steps=1500, batch_size=4, log_every=1, eval_every=50, eval_batches=2, checkpoint_every=1, trackers=[],
     device="cpu",
     model=Component("leantrain.nn.Llama", {"hidden": 64, "mlp_hidden": 128, "layers": 2, "heads": 2}),
     data=Component("leantrain.data.Text", {"context": 32, "max_bytes": 300_000}),
@@ -51,7 +50,7 @@ def main() -> None:
             life = context.Process(target=live, args=(killed,))
             life.start()
             time.sleep(chance.uniform(0.05, LONGEST_LIFE_S))
-            os.kill(life.pid or 0, signal.SIGKILL)
+            life.kill()
             life.join()
             if life.exitcode != -signal.SIGKILL:
                 sys.exit("the run was finished before its last kill: give it more steps")
