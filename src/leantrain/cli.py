@@ -75,7 +75,7 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
 
     out = options.out or Path("runs") / recipe.name
     with watch(options.quiet) as on_event:
-        result = train(recipe, out, resume=not options.fresh, on_event=on_event, allow=options.allow)
+        result = train(recipe, out, resume=not options.fresh, on_event=on_event)
     if result.status == "finished":
         if not options.quiet and os.environ.get("RANK", "0") == "0":
             print(f"results: {out}")
@@ -96,7 +96,7 @@ def _compare(options: argparse.Namespace, flags: list[str]) -> int:
 
     out = options.out or Path("runs") / comparison.name
     with watch(options.quiet) as on_event:
-        results = compare(comparison, out, on_event=on_event, allow=options.allow)
+        results = compare(comparison, out, on_event=on_event)
     page = out / "report.html"
     if not options.quiet:
         summary(results)

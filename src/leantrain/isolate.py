@@ -139,7 +139,7 @@ def _child(job: dict[str, Any], events: TextIO) -> int:
 
     try:
         recipe = recipe_from_dict(job["recipe"], job["allow"])
-        train(recipe, Path(job["out"]), on_event=tell, allow=job["allow"])
+        train(recipe, Path(job["out"]), on_event=tell)
     except LeantrainError as error:
         tell({"kind": "error", "message": str(error)})
         return error.exit_code

@@ -52,7 +52,7 @@ __all__ = ["RunResult", "train"]
 
 def train(
     recipe: Recipe, out: Path | str, *,
-    resume: bool = True, on_event: OnEvent = lambda event: None, allow: Sequence[str] = (),
+    resume: bool = True, on_event: OnEvent = lambda event: None,
 ) -> RunResult:  # fmt: skip
     """Train as `recipe` says, in the folder `out`, going on from its newest intact checkpoint if there is one.
 
@@ -61,7 +61,6 @@ def train(
         out: the run's folder: recipe.yaml, log.jsonl, checkpoints/, tensorboard/, result.json.
         resume: False throws away what `out` holds of an earlier run and begins anew.
         on_event: called with a dict for every event; its `kind` is start, step, eval, checkpoint, note or end.
-        allow: not used, because a recipe's classes were checked when it was read; every entry point takes it.
 
     Returns:
         How the run ended: "finished", or "interrupted" by SIGTERM or Ctrl-C after saving a checkpoint.
