@@ -337,10 +337,14 @@ class StepsTheFirstGroupOnly(Honest):
             super().visit(p, group)
 
 
+# Taken before the first instance is made: that is when torch.optim.Optimizer wraps the class's step with its hooks.
+STEP_WITHOUT_HOOKS = Honest.step
+
+
 class SkipsHooks(Honest):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.step = functools.partial(Honest.step.__wrapped__, self)
+        self.step = functools.partial(STEP_WITHOUT_HOOKS, self)
 
     __signature__ = SIGNATURE
 
