@@ -15,7 +15,7 @@ ROOMS = {"data", "nn", "learn", "exchange", "optim", "ledger", "solve", "compres
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"compare"},
+    {"compare", "plan"},
     {"tuning", "isolate", "display", "report"},
     {"results"},
     {"paired"},
@@ -23,8 +23,9 @@ LAYERS = (
     {"checkpoint", "evaluation", "journal", "progress"},
     {"finite", "snapshot", "trackers"},
     {"recipe"},
+    {"hosts"},
     ROOMS,
-    {"processes"},
+    {"processes", "integers", "layers"},
     {"roll_call"},
 )
 """From the top down: each imports only what stands below it."""
@@ -32,7 +33,7 @@ LAYERS = (
 FOR_ALL = {"", "errors", "atomic", "registry", "ledger.record"}
 """Free of torch and of the rest of leantrain, so that anything may import them. "" is the package's version."""
 
-ROOM_MAY_IMPORT = {("testing", "optim")}
+ROOM_MAY_IMPORT = {("testing", "optim"), ("compress", "nn")}
 
 
 def part_of(module: str) -> str:
