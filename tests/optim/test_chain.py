@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leantrain.optim import Adam, Chain, LowRank
+from leantrain.optim import Adam, Chain, GaLoreAdamW, LowRank
 from leantrain.optim.rules import State
 
 
@@ -19,6 +19,7 @@ class Plain:
     """Gradient descent that remembers the shapes of the stacks it was given."""
 
     moments: ClassVar[dict[str, int]] = {}
+    elementwise: ClassVar[bool] = True
     seen: ClassVar[list[tuple[int, ...]]] = []
 
     def init(self, param: Tensor) -> State:
@@ -150,3 +151,79 @@ def test_a_wrong_group_is_refused_and_not_kept() -> None:
     with pytest.raises(ValueError, match="lr=-1"):
         optimizer.add_param_group({"params": params((3,)), "lr": -1})
     assert len(optimizer.param_groups) == 1
+
+
+# --- one parameter at a time ------------------------------------------------------------------------------------------
+
+
+def layers(count: int = 3) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(12, 8), (8, 12), (5,)][:count]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+
+
+def gradients(params: list[torch.nn.Parameter], step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step + 1)
+    return [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in params]
+
+
+def galore(params: list[torch.nn.Parameter]) -> GaLoreAdamW:
+    return GaLoreAdamW(params, lr=0.1, weight_decay=0.1, rank=3, refresh=4)
+
+
+def test_stepping_parameters_one_by_one_is_stepping_them_all() -> None:
+    together, single = layers(), layers()
+    whole, parts = galore(together), galore(single)
+    for step in range(6):
+        for param, grad in zip(together, gradients(together, step), strict=True):
+            param.grad = grad
+        whole.step()
+        for param, grad in reversed(list(zip(single, gradients(single, step), strict=True))):
+            parts.step_param(param, grad)
+    for a, b in zip(together, single, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_projected_gradient_is_enough_between_refreshes() -> None:
+    whole, pieces = layers(2), layers(2)
+    one, two = galore(whole), galore(pieces)
+    for step in range(6):
+        for param, other, grad in zip(whole, pieces, gradients(whole, step), strict=True):
+            one.step_param(param, grad)
+            assert two.projects(other)
+            if two.basis_due(other):
+                two.refit(other, grad)
+            assert not two.basis_due(other)
+            accumulated = sum(two.project(other, part) for part in (0.3 * grad, 0.7 * grad))
+            assert isinstance(accumulated, Tensor) and accumulated.shape == two.state[other]["exp_avg"].shape
+            # What is lifted holds what is projected, and nothing beside it.
+            lifted = two.lift(other, accumulated)
+            torch.testing.assert_close(two.project(other, lifted), accumulated, rtol=0, atol=1e-12)
+            two.step_param(other, projected=accumulated)
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_what_one_parameter_alone_cannot_do_is_said() -> None:
+    params = layers()
+    optimizer = galore(params)
+    with pytest.raises(ValueError, match="either grad or projected"):
+        optimizer.step_param(params[0])
+    with pytest.raises(ValueError, match=r"no basis yet; call refit first"):
+        optimizer.project(params[0], torch.ones(12, 8))
+    with pytest.raises(ValueError, match=r"\(5,\) is not projected"):
+        optimizer.lift(params[2], torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"holds no such parameter of shape \(2, 2\)"):
+        optimizer.step_param(torch.nn.Parameter(torch.ones(2, 2)), torch.ones(2, 2))
+    assert not optimizer.projects(params[2])
+
+
+def test_a_parameters_group_is_found_after_loading_and_adding_groups() -> None:
+    params = layers()
+    optimizer = GaLoreAdamW(params[:1], rank=2)
+    assert optimizer.group_of(params[0])["rank"] == 2
+    optimizer.add_param_group({"params": params[1:2], "rank": None})
+    assert optimizer.group_of(params[1])["rank"] is None and not optimizer.projects(params[1])
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[1]["rank"] = 3
+    assert optimizer.group_of(params[1])["rank"] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -184,3 +185,20 @@ def test_a_wrong_setting_is_named_with_its_value(setting: dict[str, object], mes
         GaLoreAdamW(weights(), **setting)
     with pytest.raises(ValueError, match=message):
         GaLoreAdamW([{"params": weights(), **setting}])
+
+
+def test_a_rank_that_is_too_large_is_said_once_for_a_group() -> None:
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in [(4, 9), (9, 4), (12, 12), (40, 40), (5,)]]
+    with pytest.warns(UserWarning) as said:
+        optimizer = GaLoreAdamW(weights, rank=9)
+    assert [str(warning.message) for warning in said] == [
+        "rank=9 is too large for matrices of shape (4, 9), (9, 4): they take the plain step",
+        "rank=9 is too large for matrices of shape (12, 12): they take no less state than the plain step would",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        GaLoreAdamW(weights[3:], rank=9)
+        GaLoreAdamW(weights, rank=None)

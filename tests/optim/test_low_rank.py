@@ -12,43 +12,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leantrain.ledger import record
-from leantrain.optim import SVD, Adam, Chain, LowRank, SubspaceIteration
-from leantrain.optim.low_rank import matrix_shape
+from leantrain.optim import SVD, Adam, AdamW, Chain, LowRank, Momentum, SubspaceIteration
+from leantrain.optim.bases import Identity, Total, alone
+from leantrain.optim.low_rank import Side, matrix_shape
 from leantrain.optim.rules import State
 
 
 @dataclass(frozen=True)
-class Momentum:
-    """The simplest linear rule: with it a full-rank projection must change nothing."""
-
-    decay: float = 0.9
-    moments: ClassVar[dict[str, int]] = {"buffer": 1}
-
-    def init(self, param: Tensor) -> State:
-        return {"buffer": torch.zeros_like(param)}
-
-    def update(self, grad: Tensor, state: State, step: Tensor) -> Tensor:
-        return state["buffer"].mul_(self.decay).add_(grad).clone()
-
-
-@dataclass(frozen=True)
-class Fixed:
+class Fixed(SVD):
     """A basis that is given, so that the projection can be followed by hand."""
 
-    columns: Tensor = field(hash=False)
+    columns: Tensor = field(compare=False, kw_only=True)
 
-    def fit(self, grad: Tensor, previous: Tensor, fresh: bool, rank: int, right: bool) -> Tensor:
-        return self.columns[:, :rank].to(grad.dtype).expand(len(grad), -1, -1).clone()
+    def fit(self, grad: Tensor, stored: State, fresh: bool, rank: int, right: bool, total: Total = alone) -> State:
+        return {"basis": self.columns[:, :rank].to(grad.dtype).expand(len(grad), -1, -1).clone()}
 
 
 @dataclass(frozen=True)
-class Failing:
+class Failing(SVD):
     """Fails as LAPACK does when a gradient is not finite."""
 
-    def fit(self, grad: Tensor, previous: Tensor, fresh: bool, rank: int, right: bool) -> Tensor:
+    def fit(self, grad: Tensor, stored: State, fresh: bool, rank: int, right: bool, total: Total = alone) -> State:
         if not torch.isfinite(grad).all():
             raise torch.linalg.LinAlgError("failed to converge")
-        return SVD().fit(grad, previous, fresh, rank, right)
+        return super().fit(grad, stored, fresh, rank, right, total)
 
 
 def run(rule: object, weight: Tensor, grads: list[Tensor], lr: float = 0.1) -> Tensor:
@@ -84,7 +71,7 @@ def test_rotated_momentum_of_gradients_inside_the_subspace_is_plain_momentum(m: 
 def test_adam_in_a_fixed_basis_is_adam_on_the_rotated_weight() -> None:
     weight, grads = problem(9, 5)
     basis = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).Q
-    got = run(LowRank(Adam(), 3, scale=1.0, basis=Fixed(basis)), weight, grads)
+    got = run(LowRank(Adam(), 3, scale=1.0, basis=Fixed(columns=basis)), weight, grads)
     inner = run(_Dense(Adam()), weight @ basis[:, :3], [g @ basis[:, :3] for g in grads])
     expected = weight + (inner - weight @ basis[:, :3]) @ basis[:, :3].T
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -96,6 +83,7 @@ class _Dense:
 
     inner: Adam
     moments: ClassVar[dict[str, int]] = {}
+    elementwise: ClassVar[bool] = True
 
     def init(self, param: Tensor) -> State:
         return self.inner.init(param)
@@ -109,9 +97,9 @@ def test_flipping_a_basis_vectors_sign_does_not_matter_when_moments_rotate() -> 
 
     @dataclass(frozen=True)
     class Flipped(SVD):
-        def fit(self, grad: Tensor, previous: Tensor, fresh: bool, rank: int, right: bool) -> Tensor:
+        def fit(self, grad: Tensor, stored: State, fresh: bool, rank: int, right: bool, total: Total = alone) -> State:
             signs = torch.tensor([1.0, 1.0, 1.0] if fresh else [-1.0, 1.0, -1.0], dtype=grad.dtype)
-            return super().fit(grad, previous, fresh, rank, right) * signs
+            return {"basis": super().fit(grad, stored, fresh, rank, right, total)["basis"] * signs}
 
     options = {"rank": 3, "refresh": 3, "on_refresh": "rotate"}
     straight, flipped = (run(LowRank(Adam(), basis=b, **options), weight, grads) for b in (SVD(), Flipped()))
@@ -121,7 +109,7 @@ def test_flipping_a_basis_vectors_sign_does_not_matter_when_moments_rotate() -> 
 def test_reset_starts_moments_and_bias_correction_again() -> None:
     """After a reset the next step has the size of a first step: every projected coordinate moves by lr * scale."""
     weight, grads = problem(8, 5, steps=4)
-    basis = Fixed(torch.eye(5, dtype=torch.float64))
+    basis = Fixed(columns=torch.eye(5, dtype=torch.float64))
     rule = LowRank(Adam(eps=0.0), 3, refresh=3, scale=1.0, basis=basis, on_refresh="reset")
     moved = run(rule, weight, grads, lr=0.1) - run(rule, weight, grads[:3], lr=0.1)
     torch.testing.assert_close(moved[:, :3].abs(), torch.full((8, 3), 0.1, dtype=torch.float64))
@@ -173,22 +161,138 @@ def test_a_failed_decomposition_is_counted_keeps_the_basis_and_is_tried_again() 
     assert [int(optimizer.state[w]["fallbacks"]) for w in weights] == [1, 0]
 
 
-def test_a_first_basis_that_fails_is_the_axes_until_one_succeeds() -> None:
+def test_without_a_first_basis_nothing_moves_until_one_succeeds() -> None:
     weight = torch.nn.Parameter(torch.ones(6, 4))
-    optimizer = Chain([weight], LowRank(Adam(), 2, basis=Failing()))
-    weight.grad = torch.full((6, 4), torch.inf)
-    optimizer.step()
-    assert torch.equal(optimizer.state[weight]["basis"], torch.eye(4, 2))
-    weight.grad = torch.ones(6, 4)
-    optimizer.step()
-    assert not torch.equal(optimizer.state[weight]["basis"], torch.eye(4, 2))
+    optimizer = Chain([weight], LowRank(Adam(), 2, basis=AlwaysFailingFirst(calls=[])))
+    for step in range(2):
+        weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        assert torch.equal(weight.detach(), torch.ones(6, 4)) == (step == 0)
+    assert int(optimizer.state[weight]["fallbacks"]) == 1
     # The waiting time of the schedule counts from the basis that succeeded, at step 1.
     assert int(optimizer.state[weight]["next_refresh"]) == 1 + 200
+
+
+@dataclass(frozen=True)
+class AlwaysFailingFirst(SVD):
+    calls: list[int] = field(compare=False, kw_only=True)
+
+    def fit(self, grad: Tensor, stored: State, fresh: bool, rank: int, right: bool, total: Total = alone) -> State:
+        self.calls.append(1)
+        if len(self.calls) == 1:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return super().fit(grad, stored, fresh, rank, right, total)
+
+
+SHAPES = [(5, 8), (8, 5), (6, 6)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_axes_as_basis_are_the_plain_optimizer(shape: tuple[int, int]) -> None:
+    """The exact oracle of the projection: nothing is lost, nothing is turned, so nothing may differ."""
+    weight, grads = problem(*shape)
+    low = run(LowRank(Adam(), min(shape), refresh=2, scale=1.0, basis=Identity(), on_refresh="rotate"), weight, grads)
+    plain = torch.nn.Parameter(weight.clone())
+    optimizer = AdamW([plain], lr=0.1, weight_decay=0.0)
+    for grad in grads:
+        plain.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(low, plain.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("side", "projected"), [
+    ("std", {(5, 8): "rows", (8, 5): "columns", (6, 6): "columns"}),
+    ("reverse_std", {(5, 8): "columns", (8, 5): "rows", (6, 6): "rows"}),
+    ("left", dict.fromkeys(SHAPES, "rows")),
+    ("right", dict.fromkeys(SHAPES, "columns")),
+])  # fmt: skip
+def test_the_side_that_is_projected(shape: tuple[int, int], side: Side, projected: dict[tuple[int, int], str]) -> None:
+    """State shapes say which side it is, and the update lies in the basis found there."""
+    weight, grads = problem(*shape)
+    param = torch.nn.Parameter(weight.clone())
+    optimizer = Chain([param], LowRank(Adam(), 3, side=side), lr=0.1)
+    param.grad = grads[0]
+    optimizer.step()
+    rows, columns = shape
+    basis, moved = optimizer.state[param]["basis"], param.detach() - weight
+    if projected[shape] == "columns":
+        assert optimizer.state[param]["exp_avg"].shape == (rows, 3) and basis.shape == (columns, 3)
+        torch.testing.assert_close(moved @ basis @ basis.T, moved)
+    else:
+        assert optimizer.state[param]["exp_avg"].shape == (3, columns) and basis.shape == (rows, 3)
+        torch.testing.assert_close(basis @ basis.T @ moved, moved)
+
+
+def test_reverse_std_never_stores_more() -> None:
+    for shape in SHAPES:
+        sizes = {}
+        for side in ("std", "reverse_std"):
+            state = LowRank(Adam(), 2, side=side).init(torch.empty(shape, device="meta"))  # type: ignore[arg-type]
+            sizes[side] = sum(value.numel() for value in state.values() if value.ndim)
+        assert sizes["reverse_std"] <= sizes["std"]
+        assert (sizes["reverse_std"] == sizes["std"]) == (shape[0] == shape[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_parts_of_an_update_make_the_update(shape: tuple[int, int]) -> None:
+    weight, grads = problem(*shape)
+    rule = LowRank(Adam(), 3, refresh=3, on_refresh="rotate")
+    whole = {name: value.unsqueeze(0) for name, value in rule.init(weight).items()}
+    parts = {name: value.clone() for name, value in whole.items()}
+    for number, grad in enumerate(grads):
+        step, halves = torch.tensor([float(number)], dtype=torch.float64), (0.25 * grad, 0.75 * grad)
+        expected = rule.update(grad.unsqueeze(0), whole, step)
+        rule.prepare(grad.unsqueeze(0), parts, step)
+        assert not rule.due(parts, step).any()
+        projected = sum(rule.project(half.unsqueeze(0), parts) for half in halves)
+        assert isinstance(projected, Tensor)
+        got = rule.update_projected(projected, parts, step, grad.shape)
+        torch.testing.assert_close(got.dense(), expected.dense(), rtol=0, atol=1e-12)
+        # What was projected and lifted is projected to the same again.
+        again = rule.project(rule.lift(projected, parts, grad.shape), parts)
+        torch.testing.assert_close(again, projected, rtol=0, atol=1e-12)
+
+
+def test_a_settled_matrix_is_refreshed_less_and_an_unsettled_one_as_before() -> None:
+    """Two matrices in one stack: one whose gradients keep their directions, one whose gradients have none."""
+    generator = torch.Generator().manual_seed(0)
+    still = torch.randn(12, 2, generator=generator) @ torch.randn(2, 10, generator=generator)
+    weights = [torch.nn.Parameter(torch.zeros(12, 10)) for _ in range(2)]
+    optimizer = Chain(weights, LowRank(Adam(), 2, refresh=2, settled=0.9), lr=0.0)
+    periods = []
+    for _ in range(60):
+        weights[0].grad = still * torch.rand((), generator=generator)
+        weights[1].grad = torch.randn(12, 10, generator=generator)
+        optimizer.step()
+        periods.append([int(optimizer.state[w]["period"]) for w in weights])
+    # Bases at 0, 2, ... 10: five overlaps, period 4; five more at 14 ... 30: period 8.
+    assert [p[0] for p in periods] == [2] * 10 + [4] * 20 + [8] * 30
+    assert {p[1] for p in periods} == {2}
+
+
+def test_a_matrix_that_is_settled_no_more_returns_to_its_period() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(12, 10))
+    optimizer = Chain([weight], LowRank(Adam(), 2, refresh=1, settled=0.9), lr=0.0)
+    still = torch.randn(12, 2, generator=generator) @ torch.randn(2, 10, generator=generator)
+    for step in range(40):
+        weight.grad = still if step < 6 else torch.randn(12, 10, generator=generator)
+        optimizer.step()
+        if step == 5:
+            assert int(optimizer.state[weight]["period"]) == 2
+    assert int(optimizer.state[weight]["period"]) == 1
 
 
 def test_one_basis_inside_another_is_refused() -> None:
     with pytest.raises(ValueError, match="LowRank inside LowRank"):
         LowRank(LowRank(Adam(), 2), 6)
+
+
+@pytest.mark.parametrize("settled", [0.0, 1.5, -0.4])
+def test_settled_is_a_share(settled: float) -> None:
+    with pytest.raises(ValueError, match=f"settled must be in .0, 1. or None, got settled={settled}"):
+        LowRank(Adam(), 2, settled=settled)
 
 
 def test_half_precision_weights_move_as_float32_ones_do_to_their_precision() -> None:

@@ -40,6 +40,7 @@ class Adam:
     eps: float = 1e-8
 
     moments: ClassVar[Mapping[str, int]] = {"exp_avg": 1, "exp_avg_sq": 2}
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -15,23 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from leantrain.errors import UsageError
 from leantrain.optim.adam import Adam
-from leantrain.optim.bases import SVD, Basis, SubspaceIteration
-from leantrain.optim.chain import Chain
-from leantrain.optim.low_rank import LowRank, OnRefresh
-from leantrain.optim.rules import Rule, State
-
-BasisName = Literal["svd", "subspace"]
-_BASES: dict[str, Basis] = {"svd": SVD(), "subspace": SubspaceIteration()}
+from leantrain.optim.bases import BasisName
+from leantrain.optim.low_rank import LowRank, OnRefresh, Side
+from leantrain.optim.low_rank_chain import FULL_PRECISION_BELOW, Bits, LowRankChain
+from leantrain.optim.rules import Rule
 
 
-class GaLoreAdamW(Chain):
+class GaLoreAdamW(LowRankChain):
     """AdamW that keeps its moments in `rank` directions of every matrix.
 
     Every option may be set per parameter group. The published recipe gives `rank` to the matrices of attention and
@@ -44,13 +39,23 @@ class GaLoreAdamW(Chain):
         betas: decay of the averages of g and of g * g, each in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decoupled decay, >= 0; each step multiplies a weight by `1 - lr * weight_decay`.
-        rank: directions kept per matrix, >= 1; None is plain AdamW.
+        rank: directions kept per matrix, >= 1; None is plain AdamW. A matrix with no more rows or columns than that
+            takes the plain step, which a warning says once.
         refresh: steps between two computations of a matrix's basis, >= 1.
         scale: factor on projected updates (the paper's alpha), > 0.
-        basis: "svd" is the paper's; "subspace" follows the subspace with one power step and a QR, many times cheaper.
+        basis: "svd" is the paper's; "subspace" follows the subspace with one power step and a QR, many times cheaper;
+            "rsvd" is a randomised SVD; "dct" and "coordinate" choose among fixed directions and store their numbers
+            only; "random" and "identity" are controls.
         on_refresh: moments at a new basis: "keep" (the paper's), "rotate" into it, or "reset".
         stagger: spread the matrices' refreshes evenly over `refresh` steps instead of doing all in one. The paper's
             schedule is False.
+        side: "std" (the paper's) projects a matrix's shorter side, "reverse_std" the longer, "left" rows, "right"
+            columns. Matrices whose rows are sharded over processes (FSDP2) are projected on their columns.
+        state_bits: 8 or 4 store the moments block-wise in so many bits; 32 keeps the parameters' own precision.
+        basis_bits: 8 or 4 store the bases in so many bits; 32 keeps the parameters' own precision.
+        full_precision_below: moments of fewer numbers than this keep their precision whatever `state_bits` is.
+        settled: overlap of old and new basis, in (0, 1], from which a matrix is refreshed less and less often;
+            None refreshes all alike.
 
     Raises:
         UsageError: a value outside its range, or a state of other settings. It is a ValueError.
@@ -64,10 +69,6 @@ class GaLoreAdamW(Chain):
         >>> optimizer.state[layer.weight]["exp_avg"].shape, optimizer.state[layer.bias]["exp_avg"].shape
         (torch.Size([8, 64]), torch.Size([32]))
     """
-
-    whole_matrices = True
-    hidden_only = ("rank",)
-    """Options that a recipe without groups of its own gives to the model's hidden matrices alone."""
 
     def __init__(
         self,
@@ -83,53 +84,39 @@ class GaLoreAdamW(Chain):
         basis: BasisName = "svd",
         on_refresh: OnRefresh = "keep",
         stagger: bool = True,
+        side: Side = "std",
+        state_bits: Bits = 32,
+        basis_bits: Bits = 32,
+        full_precision_below: int = FULL_PRECISION_BELOW,
+        settled: float | None = None,
     ) -> None:
-        options: dict[str, Any] = {
-            "betas": betas,
-            "eps": eps,
-            "rank": rank,
-            "refresh": refresh,
-            "scale": scale,
-            "basis": basis,
-            "on_refresh": on_refresh,
-            "stagger": stagger,
-        }
-        super().__init__(params, lr=lr, weight_decay=weight_decay, **options)
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            eps=eps,
+            rank=rank,
+            refresh=refresh,
+            scale=scale,
+            basis=basis,
+            on_refresh=on_refresh,
+            stagger=stagger,
+            side=side,
+            state_bits=state_bits,
+            basis_bits=basis_bits,
+            full_precision_below=full_precision_below,
+            settled=settled,
+        )
 
-    def rule_for(self, param: Tensor, group: dict[str, Any]) -> Rule:
-        adam = Adam(tuple(group["betas"]), group["eps"])
-        if group["rank"] is None or not LowRank.fits(param.shape, group["rank"]):
-            return adam
-        return _low_rank(adam, group["rank"], group)
-
-    def init_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        state = super().init_state(param, group)
-        if "next_refresh" in state and group["stagger"]:
-            projected = self._projected()
-            place = next(index for index, other in enumerate(projected) if other is param)
-            state["next_refresh"] = torch.tensor(-math.ceil((place + 1) * group["refresh"] / len(projected)))
-        return state
+    def inner_rule(self, group: dict[str, Any]) -> Rule:
+        return Adam(tuple(group["betas"]), group["eps"])
 
     @staticmethod
     def state_numel(shape: tuple[int, ...], rank: int | None) -> int:
-        """Numbers of state that a parameter of this shape takes, counters left out."""
+        """Numbers of state that a parameter of this shape takes with the default side, bits and a dense basis; counters
+        left out: R (2 L + S), or two for each of its own."""
         if rank is None or not LowRank.fits(shape, rank):
             return 2 * math.prod(shape)
-        return LowRank.state_numel(shape, rank)
-
-    def _projected(self) -> list[Tensor]:
-        """Parameters that have a basis, in the order in which the groups name them."""
-        return [param for group, param in self._numbered() if isinstance(self.rule_for(param, group), LowRank)]
-
-    def _check(self, group: dict[str, Any]) -> None:
-        if group["rank"] is not None and not isinstance(group["rank"], int):
-            raise UsageError(f"rank must be an integer >= 1 or None, got rank={group['rank']!r}")
-        # Also where no parameter of the group has a basis: a wrong setting is wrong before it matters.
-        _low_rank(Adam(tuple(group["betas"]), group["eps"]), 1 if group["rank"] is None else group["rank"], group)
-        super()._check(group)
-
-
-def _low_rank(adam: Adam, rank: int, group: dict[str, Any]) -> LowRank:
-    if group["basis"] not in _BASES:
-        raise UsageError(f"basis must be one of {get_args(BasisName)}, got basis={group['basis']!r}")
-    return LowRank(adam, rank, group["refresh"], group["scale"], _BASES[group["basis"]], group["on_refresh"])
+        short, long = sorted((shape[0], math.prod(shape[1:])))
+        return rank * (2 * long + short)

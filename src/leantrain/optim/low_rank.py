@@ -1,32 +1,42 @@
 """Any rule, kept in a few directions of the gradient: the projection that GaLore is made of.
 
-Shape suffixes: K = matrices in the stack, M, N = rows and columns of a weight, R = rank, S = min(M, N), L = max(M, N).
-With M >= N the columns are projected ("right"), otherwise the rows ("left"); written for the right side:
+Shape suffixes: K = matrices in the stack, M, N = rows and columns of a weight, R = rank, S = the side that is
+projected, L = the other. By default S is the shorter one: with M >= N the columns ("right"), otherwise the rows
+("left"). Written for the right side:
 
     every `refresh` steps   P_NR = leading directions of G_MN         (see `leantrain.optim.bases`)
     every step              U_MR = inner rule on G_MN @ P_NR
                             update = scale * U_MR @ P_NR^T            (kept as that product, never multiplied out)
 
-State: R * S numbers for the basis and the inner rule's on L x R instead of L x S. Costs two thin matrix products,
-4 M N R operations, per step. Update: Zhao et al. 2024 (ICML), Algorithm 2; moments that follow the basis ("rotate"):
-Hao et al. 2024 (Flora, ICML) for the first, Robert et al. 2024 (LDAdam) for the idea of the second.
+State: what the basis stores of P (at most R * S numbers) and the inner rule's on L x R instead of L x S. Costs two thin
+matrix products, 4 M N R operations, per step. Update: Zhao et al. 2024 (ICML), Algorithm 2; moments that follow the
+basis ("rotate"): Hao et al. 2024 (Flora, ICML) for the first, Robert et al. 2024 (LDAdam) for the idea of the second;
+fewer refreshes of bases that have settled: Zhang et al. 2024 (Q-GaLore).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from leantrain.errors import UsageError
 from leantrain.ledger import record
-from leantrain.optim.bases import SVD, Basis
+from leantrain.optim.bases import SVD, Basis, Change, Total, alone, change_of_basis
+from leantrain.optim.low_bit import LowBit
 from leantrain.optim.rules import Factored, Rule, State, load
 
 OnRefresh = Literal["keep", "rotate", "reset"]
+Side = Literal["std", "reverse_std", "left", "right"]
+
+_OVERLAPS = 5
+"""Refreshes over which the overlap of old and new basis is averaged before a matrix' period changes."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +45,22 @@ class LowRank:
 
     Args:
         inner: the rule that steps the projected gradient, for instance `Adam()`.
-        rank: directions kept, 1 <= rank < min(M, N).
+        rank: directions kept, 1 <= rank <= S.
         refresh: steps between two computations of the basis, >= 1.
         scale: factor on the update (the paper's alpha), > 0.
-        basis: how the directions are found.
+        basis: how the directions are found and stored.
         on_refresh: what happens to the moments when the basis changes. "keep" leaves them, as the paper does; "rotate"
             expresses them in the new basis; "reset" starts them and their bias correction again.
+        side: which side of a matrix is projected: "std" the shorter one, as the paper does, which makes the basis
+            small; "reverse_std" the longer one, which makes the moments small and the whole never larger; "left" the
+            rows, "right" the columns.
+        settled: overlap of old and new basis, ||P_old^T P_new||^2 / R in (0, 1], from which a matrix counts as settled:
+            if the mean of five refreshes reaches it, the matrix' period is doubled, otherwise halved again down to
+            `refresh`. None keeps the period.
+        rows: the processes over which the rows of the matrices are spread (FSDP2); the columns are then projected.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range, or an inner rule that cannot work where it is put.
     """
 
     inner: Rule
@@ -52,8 +69,12 @@ class LowRank:
     scale: float = 0.25
     basis: Basis = field(default_factory=SVD)
     on_refresh: OnRefresh = "keep"
+    side: Side = "std"
+    settled: float | None = None
+    rows: dist.ProcessGroup | None = None
 
     moments: ClassVar[Mapping[str, int]] = {}
+    elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "refresh"):
@@ -65,106 +86,245 @@ class LowRank:
             raise UsageError(f"scale must be > 0, got scale={self.scale!r}")
         if self.on_refresh not in get_args(OnRefresh):
             raise UsageError(f"on_refresh must be one of {get_args(OnRefresh)}, got on_refresh={self.on_refresh!r}")
+        if self.side not in get_args(Side):
+            raise UsageError(f"side must be one of {get_args(Side)}, got side={self.side!r}")
+        if self.settled is not None and not 0 < self.settled <= 1:
+            raise UsageError(f"settled must be in (0, 1] or None, got settled={self.settled!r}")
+        if self.rows is not None and self.side == "left":
+            raise UsageError("side='left' projects rows, but the rows are spread over processes; use 'right' or 'std'")
+        if self.rows is not None and not self.inner.elementwise:
+            raise UsageError(
+                f"{type(self.inner).__name__} needs whole matrices, but the rows are spread over processes"
+            )
 
     @staticmethod
     def fits(shape: torch.Size | tuple[int, ...], rank: int) -> bool:
         """Whether a parameter of this shape is a matrix with more than `rank` directions."""
         return len(shape) >= 2 and rank < min(matrix_shape(shape))
 
-    @staticmethod
-    def state_numel(shape: tuple[int, ...], rank: int, moments: int = 2) -> int:
-        """Numbers of state for a parameter that fits: R (moments * L + S)."""
-        short, long = sorted(matrix_shape(shape))
-        return rank * (moments * long + short)
+    def projects_columns(self, shape: torch.Size | tuple[int, ...]) -> bool:
+        """Whether it is the columns ("right") of a parameter of this shape that are projected."""
+        rows, columns = matrix_shape(shape)
+        if self.rows is not None or self.side == "right":
+            return True
+        if self.side == "left":
+            return False
+        return rows >= columns if self.side == "std" else rows < columns
+
+    def projected_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+        """[M, R] or [R, N]: the shape of a projected gradient and of the moments."""
+        rows, columns = matrix_shape(shape)
+        return (rows, self.rank) if self.projects_columns(shape) else (self.rank, columns)
 
     def init(self, param: Tensor) -> State:
-        rows, columns = matrix_shape(param.shape)
-        right = rows >= columns
-        projected = (rows, self.rank) if right else (self.rank, columns)
         return {
-            "basis": param.new_zeros(columns if right else rows, self.rank),
+            **self.basis.init(self._size(param.shape), self.rank, param),
             # The step at which the basis is next computed. Negative: there is none yet, and the second follows the
             # first after that many steps (so that an optimizer can spread the refreshes of its matrices).
             "next_refresh": torch.tensor(-self.refresh),
             "moments_since": torch.tensor(0),  # the step from which the inner rule counts its own
             "fallbacks": torch.tensor(0),  # refreshes that failed and left the basis as it was
-            **self.inner.init(param.new_empty(projected)),
+            # With `settled`: the matrix' present period, and the overlaps seen since it began, summed and counted.
+            "period": torch.tensor(self.refresh),
+            "overlap": torch.tensor(0.0, dtype=torch.float64),
+            "overlaps": torch.tensor(0),
+            **self.inner.init(param.new_empty(self.projected_shape(param.shape))),
         }
 
     def update(self, grad: Tensor, state: State, step: Tensor) -> Factored:
-        grad_KMN = grad.flatten(2)
-        right = grad_KMN.shape[1] >= grad_KMN.shape[2]
-        due = step >= state["next_refresh"]
+        self.prepare(grad, state, step)
+        directions = self._directions(state, grad.shape[1:], grad)
+        projected = self._down(grad, directions)
+        return self._step(projected, directions, state, step, grad.shape[1:])
+
+    # The parts of `update`, for those who hold a projected gradient and never the whole one.
+
+    def due(self, state: State, step: Tensor) -> Tensor:
+        """Which matrices of the stack [K] get a new basis at this step."""
+        return step >= state["next_refresh"]
+
+    def prepare(self, grad: Tensor, state: State, step: Tensor) -> None:
+        """Compute the bases that are due from these gradients [K, ...]."""
+        due = self.due(state, step)
         if due.any():
-            self._refresh(grad_KMN, state, step, due.nonzero().flatten(), right)
-        basis = state["basis"]
-        projected = grad_KMN @ basis if right else basis.mT @ grad_KMN
+            self._refresh(grad.flatten(2), state, step, due.nonzero().flatten())
+
+    def project(self, grad: Tensor, state: State) -> Tensor:
+        """These gradients in their bases, [K, M, R] or [K, R, N]."""
+        return self._down(grad, self._directions(state, grad.shape[1:], grad))
+
+    def lift(self, projected: Tensor, state: State, shape: torch.Size) -> Tensor:
+        """The smallest gradients [K, *shape] that `project` makes these of."""
+        directions = self._directions(state, shape, projected)
+        wide = directions.to(torch.promote_types(directions.dtype, torch.float32))
+        # Directions that are stored in few bits are not quite orthonormal, and P^T P is not quite 1. Those of a basis
+        # that could not be computed yet are zero.
+        gram = wide.mT @ wide
+        gram.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(wide.dtype).eps)
+        dual = torch.linalg.solve(gram, wide.mT).mT.to(directions.dtype)
+        lifted = projected @ dual.mT if self.projects_columns(shape) else dual @ projected
+        return lifted.view(-1, *shape)
+
+    def update_projected(self, projected: Tensor, state: State, step: Tensor, shape: torch.Size) -> Factored:
+        """The step of parameters of this shape, given projected gradients."""
+        directions = self._directions(state, shape, projected)
+        return self._step(projected, directions, state, step, shape)
+
+    def _directions(self, state: State, shape: torch.Size, like: Tensor) -> Tensor:
+        return self.basis.directions(self._stored(state), self._size(shape), self.rank, like)
+
+    def _down(self, grad: Tensor, directions: Tensor) -> Tensor:
+        grad_KMN = grad.flatten(2)
+        return grad_KMN @ directions if self.projects_columns(grad.shape[1:]) else directions.mT @ grad_KMN
+
+    def _step(self, projected: Tensor, directions: Tensor, state: State, step: Tensor, shape: torch.Size) -> Factored:
         inner = self.inner.update(projected, state, step - state["moments_since"])
         assert isinstance(inner, Tensor)  # only a low-rank rule returns factors, and one inside another is refused
-        inner = inner.to(basis.dtype)
-        return Factored(inner, basis.mT, self.scale) if right else Factored(basis, inner, self.scale)
+        inner = inner.to(directions.dtype)
+        if self.projects_columns(shape):
+            return Factored(inner, directions.mT, self.scale)
+        return Factored(directions, inner, self.scale)
 
-    def _refresh(self, grad_KMN: Tensor, state: State, step: Tensor, due: Tensor, right: bool) -> None:
+    # New bases.
+
+    def _refresh(self, grad_KMN: Tensor, state: State, step: Tensor, due: Tensor) -> None:
         """New bases for the matrices `due` (indices into the stack), and the moments treated as asked."""
         fresh = state["next_refresh"][due] < 0
         for members, first_time in ((due[fresh], True), (due[~fresh], False)):
             if not len(members):
                 continue
-            old = state["basis"][members]
             # All of a stack is taken as it is: indexing would copy the gradients.
             grads = grad_KMN if len(members) == len(grad_KMN) else grad_KMN[members]
-            new, failed = self._fit(grads, old, first_time, right)
-            state["basis"][members] = new.to(old.dtype)
-            if not first_time:
-                self._carry_moments(state, members, old, new, right, step)
+            old = {name: value[members] for name, value in self._stored(state).items()}
+            new, failed = self._fit(grads, old, first_time)
+            for name, value in new.items():
+                state[name][members] = value.to(state[name].dtype)
             state["fallbacks"][members] += failed.to(torch.int64)
-            now = step[members].to(torch.int64)
-            following = now - state["next_refresh"][members] if first_time else now + self.refresh
-            # What failed is tried again at the next step.
-            state["next_refresh"][members] = torch.where(
-                failed, state["next_refresh"][members] if first_time else now + 1, following
-            )
+            if first_time:
+                # A negative number says how many steps after the first basis the second is due.
+                waiting = state["next_refresh"][members]
+                following = torch.where(failed, waiting, step[members].to(torch.int64) - waiting)
+            else:
+                self._follow(state, members, old, new, step, grads)
+                following = step[members].to(torch.int64) + torch.where(failed, 1, self._period(state, members))
+            state["next_refresh"][members] = following
 
-    def _fit(self, grad_KMN: Tensor, old: Tensor, first_time: bool, right: bool) -> tuple[Tensor, Tensor]:
-        """Bases, and which of them [K] could not be computed and are the old ones (coordinate axes where none is)."""
+    def _fit(self, grad_KMN: Tensor, old: State, first_time: bool) -> tuple[State, Tensor]:
+        """What to store, and which bases [K] could not be computed and are the old ones: zeros the first time, with
+        which nothing moves. They are tried again at the next step."""
         wide = grad_KMN.to(torch.promote_types(grad_KMN.dtype, torch.float32))
+        total: Total = alone if self.rows is None else functools.partial(_sum_over, group=self.rows)
         try:
-            new = self.basis.fit(wide, old, first_time, self.rank, right)
-            failed = ~torch.isfinite(new).all(dim=(-2, -1))
+            right = self.projects_columns(wide.shape[1:])
+            new = self.basis.fit(wide, old, first_time, self.rank, right, total)
+            failed = ~_finite(new, len(wide))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if len(wide) > 1:  # one bad matrix must not cost the others their refresh
                 parts = [
-                    self._fit(grad, basis, first_time, right)
-                    for grad, basis in zip(wide.split(1), old.split(1), strict=True)
+                    self._fit(grad, {name: value[k : k + 1] for name, value in old.items()}, first_time)
+                    for k, grad in enumerate(wide.split(1))
                 ]
-                return torch.cat([new for new, _ in parts]), torch.cat([failed for _, failed in parts])
-            new, failed = old.to(wide.dtype), torch.ones(1, dtype=torch.bool, device=old.device)
+                joined = {name: torch.cat([new[name] for new, _ in parts]) for name in old}
+                return joined, torch.cat([failed for _, failed in parts])
+            new, failed = old, torch.ones(1, dtype=torch.bool)
         if failed.any():
             record.event("basis_fallback")
-            kept = torch.eye(*old.shape[-2:], dtype=new.dtype, device=new.device) if first_time else old.to(new.dtype)
-            new = torch.where(failed[:, None, None], kept, new)
-        return new, failed.cpu()
+            new = {
+                name: torch.where(failed.to(value.device).view(-1, *[1] * (value.ndim - 1)), old[name].to(value), value)
+                for name, value in new.items()
+            }
+        return new, failed
 
-    def _carry_moments(
-        self, state: State, members: Tensor, old: Tensor, new: Tensor, right: bool, step: Tensor
-    ) -> None:
-        if self.on_refresh == "keep":
-            return
+    def _follow(self, state: State, members: Tensor, old: State, new: State, step: Tensor, grad_KMN: Tensor) -> None:
+        """Moments and periods after bases have changed from `old` to `new`."""
+        shape = grad_KMN.shape[1:]
         if self.on_refresh == "reset":
-            for name in self.inner.moments:
-                state[name][members] = 0
-            state["moments_since"][members] = step[members].to(state["moments_since"].dtype)
-            return
-        change_KRR = old.to(new.dtype).mT @ new
+            for name, value in self.inner.init(grad_KMN.new_empty(self.projected_shape(shape))).items():
+                state[name][members] = value
+            state["moments_since"][members] = step[members].to(torch.int64)
+        if self.on_refresh == "rotate" or self.settled is not None:
+            wide = grad_KMN.to(torch.promote_types(grad_KMN.dtype, torch.float32))
+            change = change_of_basis(self.basis, old, new, self._size(shape), self.rank, wide)
+            if self.on_refresh == "rotate":
+                self._carry_moments(state, members, change, shape)
+            if self.settled is not None:
+                self._observe(state, members, change.overlap())
+
+    def _carry_moments(self, state: State, members: Tensor, change: Change, shape: torch.Size) -> None:
+        right = self.projects_columns(shape)
         for name, order in self.inner.moments.items():
-            moment = load({name: state[name][members]}, name)
-            turn = change_KRR.square() if order == 2 else change_KRR
-            state[name][members] = (moment @ turn if right else turn.mT @ moment).to(state[name].dtype)
+            part = {key: value[members] for key, value in state.items() if key.startswith(name)}
+            moment = self._read(part, name, shape)
+            if moment.shape[-1 if right else -2] != self.rank:
+                continue  # a mean over all directions stays what it is
+            self._write(part, name, change.carry(moment, order, right))
+            for key in part:
+                state[key][members] = part[key]
+
+    def _read(self, state: State, name: str, shape: torch.Size) -> Tensor:
+        if isinstance(self.inner, LowBit):
+            return self.inner.read(state, name, torch.Size(self.projected_shape(shape)))
+        return load(state, name)
+
+    def _write(self, state: State, name: str, value: Tensor) -> None:
+        if isinstance(self.inner, LowBit):
+            self.inner.write(state, name, value)
+        else:
+            state[name].copy_(value)
+
+    # How often: fewer refreshes for matrices whose subspace has settled.
+
+    def _observe(self, state: State, members: Tensor, overlap: Tensor) -> None:
+        """Count how far each basis stayed where it was, and after some refreshes double or halve its period."""
+        assert self.settled is not None
+        total, count = state["overlap"][members] + overlap, state["overlaps"][members] + 1
+        period, enough = state["period"][members], count == _OVERLAPS
+        longer = torch.where(total / count >= self.settled, 2 * period, (period // 2).clamp(min=self.refresh))
+        state["period"][members] = torch.where(enough, longer, period)
+        state["overlap"][members] = total.masked_fill(enough, 0)
+        state["overlaps"][members] = count.masked_fill(enough, 0)
+
+    def _period(self, state: State, members: Tensor) -> Tensor:
+        return torch.tensor(self.refresh) if self.settled is None else state["period"][members]
+
+    def _size(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """S of a parameter of this shape."""
+        rows, columns = matrix_shape(shape)
+        return columns if self.projects_columns(shape) else rows
+
+    def _stored(self, state: State) -> State:
+        """The part of the state that belongs to the basis."""
+        try:
+            return {name: state[name] for name in _stored_names(self.basis)}  # type: ignore[arg-type]
+        except KeyError as missing:
+            raise UsageError(
+                f"the state has no {missing} for {self.basis}: it was made with another basis, which cannot be changed "
+                "during a run"
+            ) from None
+
+
+@functools.lru_cache(maxsize=128)  # a basis is a frozen dataclass
+def _stored_names(basis: Any) -> tuple[str, ...]:
+    return tuple(basis.init(1, 1, torch.empty(0, device="meta")))
+
+
+def _finite(stored: State, number: int) -> Tensor:
+    """Which of `number` bases hold finite numbers only. Where only indices are stored, all do."""
+    finite = torch.ones(number, dtype=torch.bool)
+    for value in stored.values():
+        if value.is_floating_point() and value.ndim > 1:
+            finite &= torch.isfinite(value).flatten(1).all(dim=1).cpu()
+    return finite
+
+
+def _sum_over(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    value, world = value.contiguous(), group.size()
+    dist.all_reduce(value, group=group)
+    # A ring cuts the numbers into `world` pieces, of which each process sends all but one in each of two rounds.
+    record.add("bytes_sent", 2 * (world - 1) * -(-value.numel() // world) * value.element_size())
+    return value
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor of two or more dimensions seen as [first, all others]."""
-    rest = 1
-    for size in shape[1:]:
-        rest *= size
-    return shape[0], rest
+    return shape[0], math.prod(shape[1:])

@@ -10,9 +10,9 @@ weight decay or parameter groups: `leantrain.optim.chain.Chain` turns a rule int
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,9 +41,17 @@ class Factored:
 class Rule(Protocol):
     """One gradient transform: hyper-parameters in its fields, nothing else in the object."""
 
-    moments: ClassVar[Mapping[str, int]]
-    """State entries that live in the gradient's space, each with its order: 1 averages g, 2 averages g * g.
-    A rule that moves another rule to a new basis turns order 1 by C and order 2 by C * C."""
+    @property
+    def moments(self) -> Mapping[str, int]:
+        """State entries that live in the gradient's space, each with its order: 1 averages g, 2 averages g * g.
+        A rule that moves another rule to a new basis turns order 1 by C and order 2 by C * C."""
+        ...
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each number's step depends on that number's own gradients alone, so that any part of a parameter can
+        be stepped without the rest."""
+        ...
 
     def init(self, param: Tensor) -> State:
         """State of one parameter before its first step. `param` may be on the meta device: only its shape, dtype
@@ -70,23 +78,11 @@ def store(state: State, key: str, value: Tensor) -> None:
         state[key].copy_(value)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of memory that `optimizer.state` keeps alive, counters (tensors of zero dimensions) left out.
+class EndsChain(Protocol):
+    """A rule that can also take the whole step itself, on any number of parameters and without making the update."""
 
-    Storages are counted, each once and whole: a slice that keeps a larger tensor alive counts as the larger one.
-    """
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(optimizer.state) if t.ndim}
-    return sum(held.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__"):  # other packages keep tensors in plain objects (galore-torch's projector)
-        yield from _tensors(vars(value))
+    def descend(
+        self, params: list[Tensor], grads: list[Tensor], states: list[State], lr: float | Tensor, weight_decay: float
+    ) -> None:
+        """Move `params` in place and count their steps: w = w - lr * (weight_decay * w + update)."""
+        ...
