@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
+from inspect import isclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from leantrain.optim import AdamW, GaLoreAdamW
+from leantrain.optim import AdamW, AdamW4bit, AdamW8bit, GaLoreAdamW, QGaLoreAdamW, predicted_state_bytes
 from leantrain.registry import METHODS
 from leantrain.testing import OptimizerCase, parametrize_with_checks
-from leantrain.testing.twins import SlowAdamW, SlowGaLoreAdamW, SlowSGD
+from leantrain.testing.twins import SlowAdamW, SlowAdamWLowBit, SlowGaLoreAdamW, SlowSGD
+from tests.optim import cases_dct_adamw, cases_rules
 
 ADAMW_SETTINGS = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
 ADAMW_KNOBS = {"lr": 3e-2, "betas": (0.5, 0.9), "eps": 1e-2, "weight_decay": 0.5}
@@ -32,6 +36,11 @@ GALORE_BAD = [
     ({"scale": 0.0}, ["scale", "0.0"]),
     ({"basis": "pca"}, ["basis", "pca", "svd", "subspace"]),
     ({"on_refresh": "forget"}, ["on_refresh", "forget", "keep", "rotate", "reset"]),
+    ({"side": "top"}, ["side", "top", "std", "reverse_std", "left", "right"]),
+    ({"state_bits": 16}, ["state_bits", "16", "32", "8", "4"]),
+    ({"basis_bits": 2}, ["basis_bits", "2", "32", "8", "4"]),
+    ({"full_precision_below": -1}, ["full_precision_below", "-1"]),
+    ({"settled": 1.5}, ["settled", "1.5"]),
     ({"rank": None, "refresh": 0}, ["refresh", "0"]),  # also while the method is off
 ]
 NO_GPU = "needs a GPU"
@@ -51,18 +60,54 @@ def torch_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, **ADAMW_SETTINGS, fused=True)
 
 
-def galore(name: str, knobs: Mapping[str, Any], **settings: Any) -> OptimizerCase:
-    """GaLore in one of its forms; `knobs` says what else basis, on_refresh and stagger could be."""
+def predicted(optimizer_class: type[torch.optim.Optimizer]):
+    """The method's own prediction; tests/optim/test_state_size.py holds it against formulas."""
+    return lambda params, settings: predicted_state_bytes(optimizer_class(params, **settings))
+
+
+UNTESTED = {
+    "full_precision_below": "means nothing with state_bits=32; see GaLoreAdamW-low-bit",
+    "settled": "shows after six refreshes; see GaLoreAdamW-settled",
+    "stagger": "with a refresh at every step there is nothing to spread",
+}
+
+
+def galore(
+    name: str, knobs: Mapping[str, Any], optimizer_class: type[GaLoreAdamW] = GaLoreAdamW, **settings: Any
+) -> OptimizerCase:
+    """GaLore in one of its forms; `knobs` says what else its own settings could be."""
+    knobs = {
+        **ADAMW_KNOBS, "rank": 3, "refresh": 3, "scale": 1.0, "side": "reverse_std", "state_bits": 8, "basis_bits": 8,
+        **knobs,
+    }  # fmt: skip
+    paper = optimizer_class is GaLoreAdamW and not {"state_bits", "basis_bits", "settled"} & settings.keys()
     return OptimizerCase(
         name=name,
-        optimizer_class=GaLoreAdamW,
-        settings={**GALORE_SETTINGS, **settings},
-        knobs={**ADAMW_KNOBS, "rank": 3, "refresh": 3, "scale": 1.0, **knobs},
+        optimizer_class=optimizer_class,
+        settings={**GALORE_SETTINGS, "full_precision_below": 0, **settings},
+        knobs=knobs,
+        untested={argument: why for argument, why in UNTESTED.items() if argument not in knobs},
         bad=GALORE_BAD,
-        # Subspace iteration follows its own history and has no twin; tests/optim/test_bases.py holds its laws.
-        twin=None if settings.get("basis") == "subspace" else SlowGaLoreAdamW,
-        predicted_bytes=galore_bytes,
-        off_equals=(ADAMW_SETTINGS, torch_adamw),
+        # Other bases follow their own history and have no twin; tests/optim/test_bases.py holds their laws.
+        twin=SlowGaLoreAdamW if paper and settings.get("basis", "svd") == "svd" else None,
+        predicted_bytes=galore_bytes if paper and "side" not in settings else predicted(optimizer_class),
+        off_equals=({**ADAMW_SETTINGS, "state_bits": 32}, torch_adamw),
+    )
+
+
+def low_bit(optimizer_class: type[AdamW8bit] | type[AdamW4bit]) -> OptimizerCase:
+    """AdamW with moments in few bits, all of them, also those of parameters as small as these."""
+    settings = {**ADAMW_SETTINGS, "full_precision_below": 0}
+    return OptimizerCase(
+        name=optimizer_class.__name__,
+        optimizer_class=optimizer_class,
+        settings=settings,
+        knobs={**ADAMW_KNOBS, "block": 16, "full_precision_below": 4096},
+        untested={"stochastic_rounding": "rounds bfloat16 weights only; see test_adamw_low_bit"},
+        bad=[*ADAMW_BAD, ({"block": 100}, ["block", "100"]), ({"full_precision_below": -1}, ["-1"])],
+        twin=partial(SlowAdamWLowBit, bits=optimizer_class.bits),
+        predicted_bytes=predicted(optimizer_class),
+        off_equals=({**ADAMW_SETTINGS, "full_precision_below": 10**9}, torch_adamw),
     )
 
 
@@ -78,15 +123,49 @@ OURS = [
         off_equals=(ADAMW_SETTINGS, torch_adamw),
     ),
     galore("GaLoreAdamW", {"basis": "subspace", "on_refresh": "rotate", "stagger": False}),
-    galore("GaLoreAdamW-paper", {"basis": "subspace", "on_refresh": "reset", "stagger": True}, stagger=False),
-    galore("GaLoreAdamW-rotate", {"basis": "subspace", "on_refresh": "keep", "stagger": False}, on_refresh="rotate"),
-    galore("GaLoreAdamW-reset", {"basis": "subspace", "on_refresh": "keep", "stagger": False}, on_refresh="reset"),
+    galore("GaLoreAdamW-paper", {"basis": "dct", "on_refresh": "reset", "stagger": True}, stagger=False),
+    galore("GaLoreAdamW-rotate", {"basis": "rsvd", "on_refresh": "keep", "stagger": False}, on_refresh="rotate"),
+    galore("GaLoreAdamW-reset", {"basis": "coordinate", "on_refresh": "keep", "stagger": False}, on_refresh="reset"),
     galore(
         "GaLoreAdamW-subspace",
-        {"basis": "svd", "on_refresh": "keep", "stagger": False},
+        {"basis": "random", "on_refresh": "keep", "stagger": False, "side": "left"},
         basis="subspace",
         on_refresh="rotate",
+        side="reverse_std",
     ),
+    galore(
+        "GaLoreAdamW-settled",
+        {"basis": "svd", "on_refresh": "rotate", "settled": None},
+        basis="rsvd",
+        refresh=1,
+        settled=0.1,
+        stagger=False,
+    ),
+    galore(
+        "GaLoreAdamW-low-bit",
+        {
+            "basis": "svd",
+            "on_refresh": "keep",
+            "stagger": False,
+            "state_bits": 4,
+            "basis_bits": 32,
+            "full_precision_below": 10_000,
+        },
+        basis="subspace",
+        on_refresh="rotate",
+        state_bits=8,
+        basis_bits=8,
+    ),
+    galore(
+        "QGaLoreAdamW",
+        {"basis": "subspace", "on_refresh": "rotate", "state_bits": 4, "settled": None, "full_precision_below": 10_000},
+        QGaLoreAdamW,
+        refresh=1,
+    ),
+    *(low_bit(optimizer_class) for optimizer_class in (AdamW8bit, AdamW4bit)),
+    *cases_dct_adamw.CASES,
+    *cases_rules.CASES,
+    *cases_rules.RULES,
 ]
 PYTORCHS = [
     OptimizerCase(
@@ -134,7 +213,8 @@ def test_every_registered_optimizer_has_a_case():
     for method in METHODS:
         if method.room == "optim":
             module, name = method.class_path.rsplit(".", 1)
-            registered.add(getattr(import_module(module), name))
+            found = getattr(import_module(module), name)
+            registered |= {found} if isclass(found) else set()
     missing = registered - {case.optimizer_class for case in OURS}
     assert registered and not missing, f"no conformance case for {sorted(cls.__name__ for cls in missing)}"
 
@@ -152,6 +232,7 @@ def test_nothing_of_ours_is_skipped():
     assert not [case.name for case in OURS if case.skips or case.untested]
 
 
+@pytest.mark.filterwarnings("ignore:rank=")  # the smallest of the battery's matrices
 @parametrize_with_checks([*OURS, *PYTORCHS])
 def test_optimizer(check):
     check()
