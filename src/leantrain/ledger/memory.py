@@ -49,7 +49,7 @@ class MemoryMeter:
     def observe(self) -> int:
         """Measure the gradients and activations that exist now; the bytes of all four kinds together."""
         gradients = storage_bytes(p.grad for p in self._model.parameters() if p.grad is not None)
-        return self._note(gradients)
+        return self._note(gradients + self._held_by_optimizers())
 
     def watching(self, phase: str, follow_operations: bool) -> AbstractContextManager[None]:
         """Watch the inside of a forward or backward phase; other phases need no watching, only `observe` after."""
@@ -72,11 +72,17 @@ class MemoryMeter:
                 handle.remove()
 
     def _arrived(self, index: int, parameters: list[nn.Parameter], sizes: list[int], gradient: Tensor) -> None:
-        held = sum(size for p, size in zip(parameters, sizes, strict=True) if p.grad is not None)
+        held = self._held_by_optimizers()
+        held += sum(size for p, size in zip(parameters, sizes, strict=True) if p.grad is not None)
         if parameters[index].grad is None:
             sizes[index] = _bytes(gradient)
             held += sizes[index]
         self._note(held)
+
+    def _held_by_optimizers(self) -> int:
+        """Bytes of gradients that are not in `.grad`: one that steps in backward accumulates projected ones itself."""
+        holders = (optimizer for optimizer in self._optimizers if hasattr(optimizer, "held_gradients"))
+        return storage_bytes(tensor for holder in holders for tensor in holder.held_gradients())
 
     def _note(self, gradients: int) -> int:
         if gradients:  # none at the moments of looking does not mean that there never were any
