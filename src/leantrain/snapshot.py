@@ -180,7 +180,8 @@ class _Packer:
 
 
 def _unpack(value: Any, file: TensorFile, param: Tensor | None) -> Any:
-    """The inverse of `_Packer`; tensors of `param`'s shape are sharded as it is."""
+    """The inverse of `_Packer`; tensors of `param`'s shape are sharded as it is. Of others only their optimizer knows
+    how they are shared out: it is given them whole (see `leantrain.optim.chain.Chain.load_state_dict`)."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

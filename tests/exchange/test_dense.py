@@ -21,6 +21,12 @@ from tests.small_runs import Processes, checkpoint_tensors, log_without_times, s
 SHARD = Component("leantrain.exchange.FullyShard")
 STEADY: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "log_every": 1}
 TIED = Component("tests.small_runs.Forgetful")
+GALORE: dict[str, Any] = {
+    "optim": Component(
+        "leantrain.optim.GaLoreAdamW", {"lr": 0.01, "rank": 4, "refresh": 5, "basis": "dct", "side": "right"}
+    ),
+    **STEADY,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +49,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (small_recipe(**STEADY, model=TIED, steps=6), folder / "dropout, stopped"),
         (small_recipe(**STEADY, model=TIED), folder / "dropout, stopped"),
         (small_recipe(**STEADY, ledger=True), folder / "measured"),
+        (small_recipe(**GALORE, exchange=SHARD), folder / "galore, sharded"),
+        (small_recipe(**GALORE, exchange=SHARD, steps=6), folder / "galore, sharded, then one"),
     ]
     Processes(2, jobs, folder).must_succeed()
     train(small_recipe(**STEADY), folder / "one")
     train(small_recipe(**STEADY), folder / "dense, then one")
     train(small_recipe(**STEADY, exchange=SHARD), folder / "sharded, then one")
+    train(small_recipe(**GALORE), folder / "galore")
+    train(small_recipe(**GALORE, exchange=SHARD), folder / "galore, sharded, then one")
     return folder
 
 
@@ -72,13 +82,22 @@ def _rename_exchange(out: Path, exchange: Component) -> None:
      "from one", "from one, sharded"],
 )  # fmt: skip
 def test_two_processes_train_what_one_trains(shared: Path, name: str) -> None:
-    one, two = log_without_times(shared / "one"), log_without_times(shared / name)
+    assert_same_run(shared / "one", shared / name)
+
+
+@pytest.mark.parametrize("name", ["galore, sharded", "galore, sharded, then one"])
+def test_two_processes_train_galore_in_shards_as_one_trains_it(shared: Path, name: str) -> None:
+    assert_same_run(shared / "galore", shared / name)
+
+
+def assert_same_run(expected: Path, found: Path) -> None:
+    one, two = log_without_times(expected), log_without_times(found)
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in a:  # float32 sums in another order, amplified by up to 12 steps of Adam
             assert b[key] == pytest.approx(a[key], rel=5e-3), (key, a, b)
-    left, right = checkpoint_tensors(shared / "one", 12), checkpoint_tensors(shared / name, 12)
+    left, right = checkpoint_tensors(expected, 12), checkpoint_tensors(found, 12)
     assert left.keys() == right.keys()
     for key in left:
         torch.testing.assert_close(right[key], left[key], atol=5e-3, rtol=5e-2, msg=key)
@@ -118,17 +137,22 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_by_all(tmp_path: Path) -> 
     assert "batch_size must be a multiple of processes x accumulate = 2 x 1" in processes.events()[-1]["message"]
 
 
+class NeedsWholeMatrices(torch.optim.SGD):
+    whole_matrices = True
+
+
 def test_sharding_refuses_an_optimizer_that_needs_whole_matrices() -> None:
-    with pytest.raises(UsageError, match=r"FullyShard cannot be combined with optimizer GaLoreAdamW.*whole"):
-        FullyShard().check_optimizer(GaLoreAdamW)
+    with pytest.raises(UsageError, match=r"FullyShard cannot be combined with optimizer NeedsWholeMatrices.*whole"):
+        FullyShard().check_optimizer(NeedsWholeMatrices)
     FullyShard().check_optimizer(torch.optim.AdamW)
-    Dense().check_optimizer(GaLoreAdamW)
+    FullyShard().check_optimizer(GaLoreAdamW)
+    Dense().check_optimizer(NeedsWholeMatrices)
 
 
 def test_the_refusal_comes_before_any_work(tmp_path: Path) -> None:
-    galore = Component("leantrain.optim.GaLoreAdamW", {"lr": 0.01, "rank": 2})
+    optim = Component("tests.exchange.test_dense.NeedsWholeMatrices", {"lr": 0.01})
     with pytest.raises(UsageError, match="FullyShard cannot be combined"):
-        train(small_recipe(exchange=SHARD, optim=galore, data=Component("tests.small_runs.Missing")), tmp_path / "run")
+        train(small_recipe(exchange=SHARD, optim=optim, data=Component("tests.small_runs.Missing")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -136,6 +160,7 @@ def test_the_refusal_comes_before_any_work(tmp_path: Path) -> None:
 def test_one_process_gets_its_own_model_back(exchange: Dense | FullyShard) -> None:
     model = nn.Linear(2, 3)
     assert exchange.attach(model) is model
+    exchange.connect([torch.optim.SGD(model.parameters(), lr=0.1)])
     with exchange.gradient_sync(model, enabled=False):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad is not None

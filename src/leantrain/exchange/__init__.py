@@ -1,6 +1,7 @@
 """How workers tell each other what they learned: what is sent, and how what arrives is combined."""
 
 from leantrain.exchange.dense import Dense, FullyShard
+from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange
 
-__all__ = ["Dense", "Exchange", "FullyShard"]
+__all__ = ["Dense", "Exchange", "FullyShard", "Projected"]

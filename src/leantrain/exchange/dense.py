@@ -13,7 +13,7 @@ Sources: Li et al. 2020 (PyTorch Distributed); Zhao et al. 2023 (PyTorch FSDP); 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
@@ -45,6 +45,9 @@ class Dense:
         indices = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=indices, gradient_as_bucket_view=True)
 
+    def connect(self, optimizers: Sequence[Optimizer]) -> None:
+        """Nothing to learn: they see ordinary gradients."""
+
     def gradient_sync(self, model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """Without `enabled`, gradients stay in this process until a later backward pass with it."""
         if enabled or not isinstance(model, DistributedDataParallel):
@@ -52,14 +55,8 @@ class Dense:
         return model.no_sync()
 
     def bytes_sent_per_step(self, model: nn.Module, world: int, micro_batches: int = 1) -> int:
-        """Ring all-reduce of every gradient once, however many micro-batches there are. Buffers are not counted.
-
-        A ring cuts the flat gradient of N numbers into `world` pieces of at most ceil(N / world), and each process
-        sends `world - 1` pieces in each of the two rounds.
-        """
-        return sum(
-            2 * (world - 1) * -(-p.numel() // world) * p.element_size() for p in model.parameters() if p.requires_grad
-        )
+        """Ring all-reduce of every gradient once, however many micro-batches there are. Buffers are not counted."""
+        return sum(ring_bytes(p.numel(), p.element_size(), world) for p in model.parameters() if p.requires_grad)
 
 
 class FullyShard:
@@ -76,10 +73,7 @@ class FullyShard:
             UsageError: the optimizer looks at whole gradient matrices, and a process would only have some rows.
         """
         if getattr(optimizer, "whole_matrices", False):
-            raise UsageError(
-                f"exchange FullyShard cannot be combined with optimizer {optimizer.__name__}: it works on whole "
-                "gradient matrices, and a sharded process holds only some rows of each; use leantrain.exchange.Dense"
-            )
+            raise _needs_whole_matrices(optimizer)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Shard the model in place and return it; unchanged when there is only one process."""
@@ -94,6 +88,19 @@ class FullyShard:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
+
+    def connect(self, optimizers: Sequence[Optimizer]) -> None:
+        """Refuse low-rank optimizers that know nothing of sharded matrices.
+
+        An optimizer of another package has no `whole_matrices`. If its groups have a `rank`, it decomposes gradients
+        as GaLore does, which PyTorch would do by gathering each of them whole in every process.
+
+        Raises:
+            UsageError: there is one, and there are several processes.
+        """
+        for optimizer in optimizers if _world_size() > 1 else ():
+            if not hasattr(optimizer, "whole_matrices") and any("rank" in group for group in optimizer.param_groups):
+                raise _needs_whole_matrices(type(optimizer))
 
     def gradient_sync(self, model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """Without `enabled`, whole gradients stay in this process until a later backward pass with it: accumulation
@@ -116,6 +123,12 @@ class FullyShard:
         return total
 
 
+def ring_bytes(numbers: int, bytes_each: int, world: int) -> int:
+    """Bytes that each process sends in a ring all-reduce: the flat tensor is cut into `world` pieces of at most
+    ceil(numbers / world), and `world - 1` pieces are sent in each of the two rounds."""
+    return 2 * (world - 1) * -(-numbers // world) * bytes_each
+
+
 @contextmanager
 def _scattering(model: FSDPModule, enabled: bool) -> Iterator[None]:
     model.set_requires_gradient_sync(enabled)
@@ -123,6 +136,13 @@ def _scattering(model: FSDPModule, enabled: bool) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+def _needs_whole_matrices(optimizer: type[Optimizer]) -> UsageError:
+    return UsageError(
+        f"exchange FullyShard cannot be combined with optimizer {optimizer.__name__}: it works on whole "
+        "gradient matrices, and a sharded process holds only some rows of each; use leantrain.exchange.Dense"
+    )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
