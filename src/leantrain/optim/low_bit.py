@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leantrain.errors import UsageError
 from leantrain.integers import Integers, decode, encode, pack, unpack
@@ -159,8 +160,10 @@ class LowBit:
         desk: dict[str, Room] = {}
         for i in coded:
             param, rounding = params[i].detach(), self._rounding(params[i], states[i], i)
-            # Copies where there are gaps between the numbers.
-            weights, grad = param.contiguous().view(-1), grads[i].contiguous().view(-1)
+            # Copies where there are gaps between the numbers, or codes in their place (8-bit weights).
+            in_place = param.is_contiguous() and not is_traceable_wrapper_subclass(param)
+            weights = (param if in_place else param.dequantize().contiguous()).view(-1)
+            grad = grads[i].contiguous().view(-1)
             kernels = kernels_for(param.device, self.block_size)
             if kernels and isinstance(self.inner, Adam) and rounding is None and param.dtype != torch.float64:
                 self._descend_by_kernel(kernels, weights, grad, states[i], move)
@@ -168,7 +171,7 @@ class LowBit:
                 if not desk or next(iter(desk.values())).values.device != param.device:
                     desk = self._desk(largest, param.device)
                 self._descend_in_chunks(weights, grad, states[i], move, desk, rounding)
-            if not param.is_contiguous():
+            if not in_place:
                 param.copy_(weights.view(param.shape))
         for state in states:
             state["step"] += 1
