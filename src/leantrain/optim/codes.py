@@ -6,8 +6,9 @@ A *block* of numbers x shares one scale, and each number is the code of the near
 
 Q is dynamic: seven decades with 1, 2, 4, ... values each, so that small numbers keep a relative error, too (Dettmers et
 al. 2022, ICLR, "8-bit Optimizers via Block-wise Quantization", section 1.3). Of two equally near values the upper is
-taken. The 4-bit map of second moments is linear and has no zero: steps are divided by their root, and one stored as
-zero would leave nothing but eps (Li, Chen & Zhu 2023, NeurIPS, "Memory Efficient Optimizers with 4-bit States").
+taken. The maps of second moments have no zero: steps are divided by their root, and one stored as zero would leave
+nothing but eps. In 4 bits theirs is linear (Li, Chen & Zhu 2023, NeurIPS, "Memory Efficient Optimizers with 4-bit
+States"); in 8 bits 1e-7 takes zero's place, which differs from bitsandbytes.
 Evenly spaced values between a group's own extremes are in `leantrain.integers`.
 
 Speed. The upper 16 bits of a float32 name a cell so narrow that at most one boundary between two codes lies in it. A
@@ -37,6 +38,8 @@ _CHUNK = 1 << 17
 enough to outweigh the calls."""
 
 _CHUNK_ELSEWHERE = 1 << 22
+_LEAST = 1e-7
+"""Of the 8-bit map without a sign: the lower end of its lowest decade."""
 _LARGEST_SUBNORMAL = 2.0**-126 - 2.0**-149
 
 
@@ -49,13 +52,13 @@ def dynamic_map(bits: Bits = 8, *, signed: bool = True) -> Tensor:
     """The values of the codes, float32 [2 ** bits], ascending.
 
     Zero, one, and in each decade twice as many values as in the one below, in the middles of equal parts of it: 64 (or
-    128, without a sign) between 0.1 and 1 in 8 bits. The same numbers as bitsandbytes' and torchao's; in 4 bits without
-    a sign they are torchao's 1/16, 2/16, ..., 1.
+    128, without a sign) between 0.1 and 1 in 8 bits. The same numbers as bitsandbytes' and torchao's, but for 1e-7 in
+    the place of zero in 8 bits without a sign; in 4 bits without a sign they are torchao's 1/16, 2/16, ..., 1.
     """
     if bits == 4 and not signed:
         return torch.arange(1, 17, dtype=torch.float32) / 16
     decades = bits - 1
-    values = [0.0, 1.0]
+    values = [0.0 if signed else _LEAST, 1.0]
     for decade in range(decades):
         edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
         middles = (10 ** (decade + 1 - decades) * ((edges[:-1] + edges[1:]) / 2)).tolist()

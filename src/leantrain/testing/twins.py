@@ -404,7 +404,7 @@ class SlowAdamWLowBit:
     def _values(self, signed: bool) -> list[float]:
         if self.bits == 4 and not signed:
             return [i / 16 for i in range(1, 17)]
-        values, decades = [0.0, 1.0], self.bits - 1
+        values, decades = [0.0 if signed else 1e-7, 1.0], self.bits - 1
         for decade in range(decades):
             parts = 2**decade if signed else 2 ** (decade + 1)
             for i in range(parts):
