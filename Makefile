@@ -51,7 +51,7 @@ mutants: $(VENV)/mutants
 # The newest versions that fit together, with all extras, become the pinned set.
 constraints:
 	$(PYTHON) -m venv --clear $(VENV)-all
-	$(VENV)-all/bin/python -m pip install --quiet '.[hf,images,energy,trackers,test,bench,lint,docs,mutants]'
+	$(VENV)-all/bin/python -m pip install --quiet '.[hf,images,energy,trackers,test,bench,hosts,lint,docs,mutants]'
 	$(VENV)-all/bin/python .ci/pin.py > constraints.txt
 	rm -rf $(VENV)-all build
 
@@ -66,7 +66,7 @@ $(VENV)/core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/test: $(VENV)/core
-	$(PIP) --editable '.[test,lint,hf,bench]'
+	$(PIP) --editable '.[test,lint,hf,hosts,bench]'
 	@touch $@
 
 $(VENV)/docs: $(VENV)/core

@@ -52,7 +52,17 @@ def by_hand(recipe: Recipe) -> tuple[list[float], torch.nn.Module]:
     return losses, model
 
 
-@pytest.mark.parametrize("changes", [{}, {"clip": None}, {"ledger": True}, {"schedule": "linear", "warmup": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clip": None},
+        {"ledger": True},
+        {"schedule": "linear", "warmup": 0.5},
+        {"step_in_backward": True, "clip": None},
+        {"activation_checkpointing": True},
+    ],
+)
 def test_a_run_equals_a_loop_written_by_hand_to_the_last_bit(changes: dict[str, Any], tmp_path: Path) -> None:
     recipe = small_recipe(log_every=1, **changes)
     result = train(recipe, tmp_path)
@@ -71,6 +81,29 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
         assert a[3] == pytest.approx(b[3], abs=2e-4)  # float32 sums in another order, through 12 steps of Adam
     assert whole.examples == parts.examples == 12 * 8
     assert whole.tokens == parts.tokens == 12 * 8 * 8
+
+
+def test_stepping_in_backward_needs_less_memory_for_gradients_and_logs_the_true_norm(tmp_path: Path) -> None:
+    plain = train(small_recipe(ledger=True, log_every=1, clip=None), tmp_path / "plain")
+    lean = train(small_recipe(ledger=True, log_every=1, clip=None, step_in_backward=True), tmp_path / "lean")
+    assert plain.ledger is not None and lean.ledger is not None
+    peaks = [result.ledger["peak_bytes"]["gradients"] for result in (plain, lean)]  # type: ignore[index]
+    assert peaks[1] < 0.3 * peaks[0]
+    norms = [[line["grad_norm"] for line in log_without_times(tmp_path / name) if "grad_norm" in line]
+             for name in ("plain", "lean")]  # fmt: skip
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+
+
+def test_checkpointing_needs_blocks_and_saves_their_activations(tmp_path: Path) -> None:
+    peaks = []
+    for checkpointing in (False, True):
+        recipe = small_recipe(ledger=True, activation_checkpointing=checkpointing)
+        result = train(recipe, tmp_path / str(checkpointing))
+        assert result.ledger is not None
+        peaks.append(result.ledger["peak_bytes"]["activations"])
+    assert peaks[1] < 0.7 * peaks[0]
+    with pytest.raises(UsageError, match="finds no repeated blocks in Forgetful"):
+        train(small_recipe(model=RESUMED["dropout"]["model"], activation_checkpointing=True), tmp_path / "none")
 
 
 def test_the_log_holds_the_mean_loss_since_the_line_before(tmp_path: Path) -> None:
@@ -107,7 +140,17 @@ RESUMED: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2},
     "bf16": {"precision": "bf16"},
     "dropout": {"model": Component("tests.small_runs.Forgetful")},
+    "checkpointed activations": {"activation_checkpointing": True},
     "galore": {"optim": Component("leantrain.optim.GaLoreAdamW", {"lr": 0.01, "rank": 4, "refresh": 5})},
+    "galore in backward": {
+        "optim": Component("leantrain.optim.GaLoreAdamW", {"lr": 0.01, "rank": 4, "refresh": 5}),
+        "step_in_backward": True,
+        "accumulate": 2,
+    },
+    "q-galore": {
+        "optim": Component("leantrain.optim.QGaLoreAdamW", {"lr": 0.01, "rank": 4, "full_precision_below": 0})
+    },
+    "8 bits": {"optim": Component("leantrain.optim.AdamW8bit", {"lr": 0.01, "full_precision_below": 0})},
     "two optimizers": {
         "groups": [{"params": "hidden"}],
         "rest": Component("torch.optim.SGD", {"lr": 0.1, "momentum": 0.9}),

@@ -27,9 +27,11 @@ from leantrain.evaluation import evaluate
 from leantrain.exchange import Exchange
 from leantrain.finite import FiniteGuard
 from leantrain.journal import Journal, OnEvent, RunResult, Status
+from leantrain.learn import checkpoint_activations
 from leantrain.ledger import record
 from leantrain.ledger.environment import describe
 from leantrain.ledger.ledger import Ledger
+from leantrain.optim.in_backward import InBackward, step_in_backward
 from leantrain.optim.schedules import schedule
 from leantrain.processes import World, joined, stop_on_signals
 from leantrain.progress import Progress, check_same_recipe
@@ -96,16 +98,23 @@ class Run:
         if recipe.max_tokens is not None and self.data.task != "next_token":
             raise UsageError(f"max_tokens={recipe.max_tokens} needs tokens, and {recipe.data.class_path} gives none")
         self.model = build_model(recipe, self.data).to(world.device)
+        if recipe.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.attached = self.exchange.attach(self.model)
         if recipe.compile:
             self.attached.compile()
         self.optimizers = build_optimizers(recipe, self.model)
+        self.exchange.connect(self.optimizers)
+        self.in_backward: InBackward | None = None
+        if recipe.step_in_backward:
+            (whole,) = self.optimizers
+            self.in_backward = step_in_backward(self.model, whole, accumulate=recipe.accumulate, max_norm=recipe.clip)
+            self.optimizers = [self.in_backward]
         self.learner = build_learner(recipe, self.attached, self.data.task)
         self.ledger = Ledger(self.attached, self.optimizers) if recipe.ledger else None
         self.base_lr = [float(group["lr"]) for group in self.groups()]
         self.trained = [param for group in self.groups() for param in group["params"]]
         self.factor = schedule(recipe.schedule, steps=recipe.steps, warmup=recipe.warmup, min_ratio=recipe.min_lr)
-        self.bytes_sent = self.exchange.bytes_sent_per_step(self.attached, world.size, recipe.accumulate)
         self.progress = Progress(recipe, world)
         self.guard = FiniteGuard()
         self.norm = torch.zeros(())
@@ -137,18 +146,15 @@ class Run:
         with record.phase("data"):
             everyones = self.data.train_batch(recipe.seed, number, recipe.batch_size)
             batch = everyones.shard(self.world.rank, self.world.size).to(self.world.device)
+        self.set_rates()
         loss, examples = self.find_gradients(batch)
         with record.phase("update"):
-            self.norm = _total_norm(self.trained)
+            if self.in_backward is not None:  # the weights have moved already; this ends their step
+                self.in_backward.step()
+            self.norm = self.in_backward.grad_norm if self.in_backward is not None else _total_norm(self.trained)
             self.agree(self.guard.watch(number + 1, loss, self.norm), stop_requested())
-            if recipe.clip is not None:
-                clip_grads_with_norm_(self.trained, recipe.clip, self.norm)
-            factor = self.factor(self.progress.position())
-            for group, base_lr in zip(self.groups(), self.base_lr, strict=True):
-                group["lr"] = base_lr * factor
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            if self.in_backward is None:
+                self.apply_gradients()
         if self.ledger is not None:
             self.ledger.step_done(examples=examples, tokens=everyones.tokens)
         self.progress.stepped(loss, everyones.tokens, examples, time.perf_counter() - started)
@@ -166,8 +172,25 @@ class Run:
                 result = self.learner.step(micro_batch, weight=1 / len(micro_batches))
             losses.append(result.loss)
             examples += result.examples_used * self.world.size
-        record.add("bytes_sent", self.bytes_sent)
+        record.add("bytes_sent", self.exchange.bytes_sent_per_step(self.attached, self.world.size, len(micro_batches)))
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), examples
+
+    def set_rates(self) -> None:
+        """The schedule's learning rates for this step."""
+        factor = self.factor(self.progress.position())
+        for group, base_lr in zip(self.groups(), self.base_lr, strict=True):
+            if isinstance(group["lr"], Tensor):  # some optimizers (torchao's) have compiled this very tensor in
+                group["lr"].fill_(base_lr * factor)
+            else:
+                group["lr"] = base_lr * factor
+
+    def apply_gradients(self) -> None:
+        """Clip what is in `.grad`, step, and clear it."""
+        if self.recipe.clip is not None:
+            clip_grads_with_norm_(self.trained, self.recipe.clip, self.norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     def agree(self, problem: str | None, stop: bool) -> None:
         """All processes count time and stop together, and one number that is not finite ends the run in all of them."""
@@ -211,7 +234,7 @@ class Run:
         """One line: the mean loss since the line before, and where things stand."""
         with self.unmeasured():
             self.journal.line("step", {
-                "step": self.progress.step, "loss": self.progress.take_mean_loss(), "lr": self.groups()[0]["lr"],
+                "step": self.progress.step, "loss": self.progress.take_mean_loss(), "lr": float(self.groups()[0]["lr"]),
                 "grad_norm": self.norm.item(), "tokens": self.progress.tokens, "examples": self.progress.examples,
                 "seconds": self.progress.seconds,
             })  # fmt: skip
@@ -273,6 +296,11 @@ def _check_processes(recipe: Recipe, world: World, exchange: Exchange) -> None:
     for key, component in (("optim", recipe.optim), ("rest", recipe.rest)):
         if component is not None:
             exchange.check_optimizer(locate(key, component.class_path))
+    if recipe.step_in_backward and world.size > 1 and not recipe.exchange.class_path.endswith(".FullyShard"):
+        raise UsageError(
+            f"step_in_backward works on one process or with exchange FullyShard, got {world.size} processes with "
+            f"{recipe.exchange.class_path}"
+        )
     if recipe.batch_size % (world.size * recipe.accumulate):
         raise UsageError(
             f"batch_size must be a multiple of processes x accumulate = {world.size} x {recipe.accumulate}, "

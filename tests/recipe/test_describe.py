@@ -37,9 +37,15 @@ def test_every_recipe_on_the_page_can_be_read(block: dict[str, Any]) -> None:
     recipe_from_dict(with_overrides(normalised({"name": "page", **BLOCKS[0]}), block))
 
 
+PEERS = ["bitsandbytes", "torchao", "galore_torch", "pytorch_optimizer", "apollo_torch"]
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_we_ship_can_be_read(path: Path) -> None:
-    assert read_comparison(path).name == path.stem
+    allow = PEERS if path.stem == "peers" else []
+    for package in allow:
+        pytest.importorskip(package)
+    assert read_comparison(path, allow=allow).name == path.stem
 
 
 def test_help_has_every_key_and_no_line_too_long() -> None:

@@ -56,6 +56,8 @@ def arguments_of(cls: type) -> tuple[dict[str, Argument], bool]:
         hints = _hints(init)
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                if parameter.name == "defaults" and each is not cls:
+                    continue  # what a base class of optimizers is given by the class that extends it
                 hint = plain_hint(hints.get(parameter.name, Any))
                 found.setdefault(parameter.name, Argument(parameter.name, hint, parameter.default))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -7,6 +7,7 @@ that printing help does not wait for it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from leantrain.recipe.locate import TRUSTED, is_huggingface_config, locate
 from leantrain.recipe.schema import Component, Recipe
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from leantrain.data.protocol import Data
@@ -100,8 +101,16 @@ def try_recipe(recipe: Recipe) -> None:
     # What the recipe leaves out may come from the data.
     _checked("model", recipe.model, complete=False)
     cls, args, groups = _optimizer(recipe)
-    stand_in = torch.nn.Parameter(torch.zeros(2, 2))
     construct("exchange", *_checked("exchange", recipe.exchange)).check_optimizer(cls)
+    stand_in = torch.nn.Parameter(torch.zeros(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is too large for a 2 x 2 matrix
+        _try_optimizers(recipe, cls, args, groups, stand_in)
+
+
+def _try_optimizers(
+    recipe: Recipe, cls: type, args: dict[str, Any], groups: list[dict[str, Any]], stand_in: Tensor
+) -> None:
     optimizer = construct("optim", cls, args, [stand_in])
     known, _ = arguments_of(cls)
     for group in groups:

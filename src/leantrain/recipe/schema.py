@@ -61,6 +61,10 @@ class Recipe:
     """Micro-batches per step, one after another to save memory; must divide `batch_size`."""
     clip: float | None = 1.0
     """Largest allowed norm of the whole gradient, above 0; null: no clipping."""
+    activation_checkpointing: bool = False
+    """Whether repeated blocks keep only their inputs for the backward pass and compute the rest again."""
+    step_in_backward: bool = False
+    """Whether each weight is updated, and its gradient freed, during the backward pass; clips by the step before."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass; weights stay as the model made them."""
     compile: bool = False
@@ -164,5 +168,7 @@ def _check_combinations(recipe: Recipe) -> None:
             raise UsageError(
                 f'groups[{index}] must be a mapping with params: "hidden" or a regular expression, got {group!r}'
             )
+    if recipe.step_in_backward and recipe.rest is not None:
+        raise UsageError("step_in_backward takes one optimizer for all weights; use groups with an lr of their own")
     if recipe.rest is not None and not recipe.groups:
         raise UsageError("rest needs groups: without them nothing is left over for a second optimizer")
