@@ -113,7 +113,7 @@ def test_the_commands_of_a_page_exist(page: Path):
                 missing = [t for t in targets if "=" not in t and not re.search(rf"^{t}:", makefile, re.MULTILINE)]
                 assert not missing, f"the Makefile has no {missing}"
             case ["leantrain", command, *rest] if not command.startswith("-"):
-                assert command in ("train", "compare", "report", "methods", "env"), " ".join(words)
+                assert command in ("train", "compare", "plan", "report", "methods", "env"), " ".join(words)
                 recipes = [word for word in rest if word.startswith("recipes/")]
                 assert all((ROOT / recipe).is_file() for recipe in recipes), " ".join(words)
             case ["python", "-m", module, *_] if module.startswith(("benchmarks.", "docs.")):

@@ -1,4 +1,4 @@
-"""The command `leantrain`: train, compare, report, methods, env.
+"""The command `leantrain`: train, compare, report, plan, methods, env.
 
 Nothing here imports torch before it is needed, so that help comes at once. Exit codes: 0 done, 1 failed or
 interrupted, 2 asked for something that is not allowed. A traceback is shown only with --debug.
@@ -130,6 +130,16 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace, _: list[str]) -> int:
+    """`leantrain plan --model NAME --memory SIZE`."""
+    if (options.model is None) == (options.recipe is None):
+        raise UsageError("plan needs one of --model and --recipe")
+
+    from leantrain.plan.answer import answer
+
+    return answer(options)
+
+
 def _methods(options: argparse.Namespace, _: list[str]) -> int:
     """`leantrain methods`."""
     from leantrain.registry import METHODS
@@ -186,6 +196,30 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("folder", type=Path, metavar="FOLDER", help="where the comparison put its results")
     for sub in (several, reporting):
         sub.add_argument("--open", action="store_true", help="open the report in the browser, if there is a display")
+    planning = command("plan", _plan, "say which ways of training a model fit a memory, and what each costs")
+    planning.add_argument(
+        "--model", metavar="NAME", help="llama-60m ... llama-7b, or a Hugging Face config (folder, file, class)"
+    )
+    planning.add_argument("--recipe", metavar="RECIPE.yaml", type=Path, help="plan what this recipe trains")
+    planning.add_argument(
+        "--memory", metavar="SIZE", required=True, help="what a step may hold, such as 24GB or 22.5GiB"
+    )
+    planning.add_argument("--batch", type=int, metavar="N", help="examples per step (default: 1, or the recipe's)")
+    planning.add_argument("--context", type=int, metavar="N", help="tokens per example (default: 256, or the recipe's)")
+    planning.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="format of the weights (default: tries both)"
+    )
+    planning.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="whose kernels to plan for")
+    planning.add_argument(
+        "--all", action="store_true", help="every combination, not the first that fits of each method"
+    )
+    planning.add_argument("--picture", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
+    planning.add_argument(
+        "--check", action="store_true", help="take two real steps of the first that fits, and measure"
+    )
+    planning.add_argument("--allow", action="append", default=[], metavar="PKG", help="let the recipe use this package")
+    planning.add_argument("--json", action="store_true", help="as JSON")
+    planning.epilog = "Exit code 0: something fits; 1: nothing does; 2: asked for something that is not allowed."
     for sub in (
         command("methods", _methods, "list the methods of this package"),
         command("env", _environment, "describe this machine and what is installed"),

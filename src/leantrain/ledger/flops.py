@@ -148,7 +148,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
-        self._formulas = {**flop_registry, **_missing_formulas()}
+        self._formulas = formulas()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,12 +171,35 @@ def _has_no_kernel(func: Any) -> bool:
     return not any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in ("CPU", "CUDA"))
 
 
-def _missing_formulas() -> dict[Any, Any]:
-    """Formulas for the attention that PyTorch uses on CPUs; it has none and would count nothing (seen in 2.13)."""
+def formulas() -> dict[Any, Any]:
+    """FLOPs of an operation, from its arguments and `out_val`, what it gave: PyTorch's formulas and those it lacks (seen
+    in 2.13: attention on CPUs, products added in place, decompositions)."""
+    aten = torch.ops.aten
     return {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        **flop_registry,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        aten.addmm_: _product_flops,
+        aten.baddbmm_: _product_flops,
+        aten._linalg_svd: _svd_flops,
+        aten.linalg_qr: _qr_flops,
     }
+
+
+def _product_flops(_: Tensor, left: Tensor, right: Tensor, **__: object) -> int:
+    return 2 * left.numel() * right.shape[-1]
+
+
+def _svd_flops(matrix: Tensor, *_: object, **__: object) -> int:
+    """Thin SVD by bidiagonalisation after a QR, 6 L S^2 + 20 S^3 (Golub & Van Loan, Matrix Computations, 8.6)."""
+    short, long = sorted(matrix.shape[-2:])
+    return int(matrix.shape[:-2].numel()) * (6 * long * short**2 + 20 * short**3)
+
+
+def _qr_flops(matrix: Tensor, *_: object, **__: object) -> int:
+    """Householder QR with its thin Q formed, 4 L S^2 - 4/3 S^3 (Golub & Van Loan, 5.2)."""
+    short, long = sorted(matrix.shape[-2:])
+    return int(matrix.shape[:-2].numel()) * (4 * long * short**2 - 4 * short**3 // 3)
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
