@@ -29,6 +29,7 @@ from leantrain.optim import (
     AdamW8bit,
     APOLLOMini,
     DCTAdamW,
+    GaLoreAdafactor,
     GaLoreAdamW,
     QGaLoreAdamW,
     state_bytes,
@@ -68,6 +69,7 @@ def optimizers() -> dict[str, Callable[[Params], torch.optim.Optimizer]]:
         "galore": lambda p: GaLoreAdamW(p, **galore),
         "galore-8bit": lambda p: GaLoreAdamW(p, state_bits=8, **galore),
         "q-galore": lambda p: QGaLoreAdamW(p, **galore),
+        "galore-adafactor": lambda p: GaLoreAdafactor(p, **galore),
         "galore-torch": lambda p: galore_torch.GaLoreAdamW(
             [{"params": p, "proj_type": "std", **low}], no_deprecation_warning=True
         ),

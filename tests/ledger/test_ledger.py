@@ -423,6 +423,20 @@ def test_one_ledger_inside_another_takes_over_and_gives_back() -> None:
     assert outer.summary()["events"] == {"outside": 1}
 
 
+def test_an_optimizer_that_compiles_its_step_is_left_alone() -> None:
+    """torchao's refuses to step while operations are counted."""
+    torchao = pytest.importorskip("torchao.optim")
+    model = network()
+    optimizer = torchao.AdamW8bit(model.parameters(), lr=1e-3)
+    batch = torch.randn(4, next(model.parameters()).shape[1])
+    with Ledger(model, optimizer, memory_every=1) as ledger:
+        model(batch).sum().backward()
+        with ledger.phase("update"):
+            optimizer.step()
+        ledger.step_done(examples=4)
+    assert ledger.summary()["flops"] is None or ledger.summary()["flops"]["total"] is None
+
+
 def test_a_compiled_model_is_never_run_uncompiled_to_count_it() -> None:
     model = torch.compile(network(), backend="eager")
     ledger = Ledger(model)  # type: ignore[arg-type]

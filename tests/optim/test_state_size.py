@@ -92,3 +92,12 @@ def test_q_galore_keeps_a_twelfth_of_adamws_state() -> None:
 def test_an_unknown_optimizer_is_named() -> None:
     with pytest.raises(ValueError, match="the state of RMSprop cannot be predicted; known are"):
         predicted_state_bytes(torch.optim.RMSprop(params()))
+
+
+def test_state_of_tensor_subclasses_is_counted_by_what_they_hold() -> None:
+    """torchao keeps codes, scales and a table in one tensor of its own class."""
+    torchao = pytest.importorskip("torchao.optim.subclass_8bit")
+    state = torchao.OptimState8bit.zeros((64, 128), True, 256)
+    holder = torch.optim.SGD([torch.nn.Parameter(torch.ones(64, 128))])
+    holder.state[holder.param_groups[0]["params"][0]]["exp_avg"] = state
+    assert state_bytes(holder) == 64 * 128 + 64 * 128 // 256 * 4 + 256 * 4

@@ -129,6 +129,11 @@ def is_compiled(model: nn.Module) -> bool:
     return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
 
 
+def compiles_its_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step goes through torch.compile, which refuses to work while operations are counted (seen in 2.13)."""
+    return type(optimizer).__module__.startswith("torchao.")
+
+
 def _scaled(phases: dict[str, int], measured: Shape, shape: Shape) -> int:
     """FLOPs of a step of `shape`, from those of a step of the shape `measured`."""
     unit = 1 if measured[1] and shape[1] else 0  # tokens if both have them, else examples

@@ -32,7 +32,7 @@ from leantrain.errors import UsageError, nearest
 from leantrain.ledger import record, table
 from leantrain.ledger.clock import UNCOUNTED, clock_for
 from leantrain.ledger.energy import meter_for
-from leantrain.ledger.flops import FlopMeter, is_compiled
+from leantrain.ledger.flops import FlopMeter, compiles_its_step, is_compiled
 from leantrain.ledger.memory import KINDS, MemoryMeter
 from leantrain.ledger.process_memory import peak_for
 from leantrain.ledger.samples import StepTimes
@@ -69,7 +69,8 @@ class Ledger:
         self._device = _device(model)
         self._clock, self._energy = clock_for(self._device), meter_for(self._device)
         self._total_peak = peak_for(self._device)
-        self._memory, self._flops = MemoryMeter(model, _optimizers(optimizer), activations), FlopMeter()
+        self._optimizers = _optimizers(optimizer)
+        self._memory, self._flops = MemoryMeter(model, self._optimizers, activations), FlopMeter()
         self._peaks_before: dict[str, int | None] = {}  # of the earlier part of a resumed run
         self._steps = self._examples = self._tokens = 0
         self._times = StepTimes((*record.PHASES, OTHER))
@@ -85,7 +86,8 @@ class Ledger:
         if self._active:
             raise UsageError("this ledger is already recording; `with ledger:` cannot be entered twice at once")
         self._active, self._paused, self._steps_here = True, False, 0
-        self._may_follow_operations = self._flops_wanted and not is_compiled(self._model)
+        compiled = is_compiled(self._model) or any(map(compiles_its_step, self._optimizers))
+        self._may_follow_operations = self._flops_wanted and not compiled
         self._total_peak.start(already_held=self._memory.held())
         self._previous = record.activate(self)
         self._energy.start()

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leantrain.errors import UsageError
 from leantrain.optim.chain import Chain
@@ -63,7 +65,11 @@ def _members(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any],
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield local(value)
+        inside = _inside(value)
+        if not inside:
+            yield local(value)
+        for part in inside:
+            yield from _tensors(part)
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors(item)
@@ -72,3 +78,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif hasattr(value, "__dict__"):  # other packages keep tensors in plain objects (galore-torch's projector)
         yield from _tensors(vars(value))
+
+
+def _inside(tensor: Any) -> list[Any]:
+    """The tensors that one of another class is made of, such as the codes and scales of torchao's quantised state."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+        return []
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
