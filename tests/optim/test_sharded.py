@@ -283,7 +283,10 @@ def test_the_loop_takes_low_rank_optimizers_and_refuses_foreign_ones() -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "left side": (lambda model: GaLoreAdamW(model.parameters(), rank=2, side="left"), "left"),
-    "low-bit moments": (lambda model: GaLoreAdamW(model.parameters(), rank=2, state_bits=8), "sharded"),
+    "low-bit moments": (
+        lambda model: GaLoreAdamW(model.parameters(), rank=2, state_bits=8, full_precision_below=0),
+        "LowBit needs whole matrices",
+    ),
     "whole matrices": (lambda model: Chain(model.parameters(), Adafactor()), "whole matrices"),
     "whole projected matrices": (
         lambda model: Chain(model.parameters(), LowRank(Adafactor(), rank=2)),

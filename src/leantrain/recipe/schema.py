@@ -52,7 +52,8 @@ class Recipe:
     rest: Component | None = None
     """A second optimizer for the parameters that `groups` leaves over; without an `lr` it takes that of `optim`."""
     groups: list[dict[str, Any]] = field(default_factory=list)
-    """Parameter groups: mappings with `params` ("hidden" or a regular expression on names) and optimizer options."""
+    """Parameter groups: mappings with `params` ("hidden", "all-linear" or a regular expression on names) and optimizer
+    options."""
     learn: Component = field(default_factory=lambda: Component(DEFAULT_CLASSES["learn"]))
     """How gradients are found: a class of `leantrain.learn`."""
     exchange: Component = field(default_factory=lambda: Component(DEFAULT_CLASSES["exchange"]))
@@ -166,7 +167,8 @@ def _check_combinations(recipe: Recipe) -> None:
     for index, group in enumerate(recipe.groups):
         if not isinstance(group, dict) or not isinstance(group.get("params"), str):
             raise UsageError(
-                f'groups[{index}] must be a mapping with params: "hidden" or a regular expression, got {group!r}'
+                f'groups[{index}] must be a mapping with params: "hidden", "all-linear" or a regular expression, '
+                f"got {group!r}"
             )
     if recipe.step_in_backward and recipe.rest is not None:
         raise UsageError("step_in_backward takes one optimizer for all weights; use groups with an lr of their own")
