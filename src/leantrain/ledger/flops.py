@@ -177,8 +177,10 @@ def _has_no_kernel(func: Any) -> bool:
 
 
 def formulas() -> dict[Any, Any]:
-    """FLOPs of an operation, from its arguments and `out_val`, what it gave: PyTorch's formulas and those it lacks (seen
-    in 2.13: attention on CPUs, products added in place, decompositions)."""
+    """FLOPs of an operation, from its arguments and `out_val`, what it gave: PyTorch's formulas and those it lacks.
+
+    In 2.13 it lacks attention on CPUs, products that are added in place, and decompositions.
+    """
     aten = torch.ops.aten
     return {
         **flop_registry,
