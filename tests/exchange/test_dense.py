@@ -27,6 +27,7 @@ GALORE: dict[str, Any] = {
     ),
     **STEADY,
 }
+LEAN: dict[str, Any] = {**GALORE, "step_in_backward": True, "activation_checkpointing": True, "clip": None}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (small_recipe(**STEADY, ledger=True), folder / "measured"),
         (small_recipe(**GALORE, exchange=SHARD), folder / "galore, sharded"),
         (small_recipe(**GALORE, exchange=SHARD, steps=6), folder / "galore, sharded, then one"),
+        (small_recipe(**LEAN, exchange=SHARD), folder / "lean, sharded"),
     ]
     Processes(2, jobs, folder).must_succeed()
     train(small_recipe(**STEADY), folder / "one")
     train(small_recipe(**STEADY), folder / "dense, then one")
     train(small_recipe(**STEADY, exchange=SHARD), folder / "sharded, then one")
     train(small_recipe(**GALORE), folder / "galore")
+    train(small_recipe(**GALORE, clip=None), folder / "lean")
     train(small_recipe(**GALORE, exchange=SHARD), folder / "galore, sharded, then one")
     return folder
 
@@ -88,6 +91,23 @@ def test_two_processes_train_what_one_trains(shared: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["galore, sharded", "galore, sharded, then one"])
 def test_two_processes_train_galore_in_shards_as_one_trains_it(shared: Path, name: str) -> None:
     assert_same_run(shared / "galore", shared / name)
+
+
+def test_steps_in_backward_and_checkpointed_activations_change_nothing_in_shards(shared: Path) -> None:
+    one, two = (
+        [line["loss"] for line in log_without_times(shared / n) if "loss" in line] for n in ("lean", "lean, sharded")
+    )
+    assert two == pytest.approx(one, rel=5e-3)
+    left, right = checkpoint_tensors(shared / "lean", 12), checkpoint_tensors(shared / "lean, sharded", 12)
+    for key in (key for key in left if key.startswith("model/")):
+        torch.testing.assert_close(right[key], left[key], atol=5e-3, rtol=5e-2, msg=key)
+
+
+def test_steps_in_backward_are_refused_where_ddp_would_average_too_late(tmp_path: Path) -> None:
+    processes = Processes(2, [(small_recipe(step_in_backward=True), tmp_path / "run")], tmp_path)
+    assert 0 not in processes.wait()
+    message = processes.events()[-1]["message"]
+    assert "step_in_backward works on one process or with exchange FullyShard, got 2 processes" in message
 
 
 def assert_same_run(expected: Path, found: Path) -> None:

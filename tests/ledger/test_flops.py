@@ -55,6 +55,20 @@ def test_convolutions_and_batched_products_count() -> None:
     assert meter.per_step() == 2 * 2 * 5 * 6 * 6 * 3 * 3 * 3 + 2 * 4 * 6 * 7 * 2
 
 
+def test_products_added_in_place_and_decompositions_count() -> None:
+    """PyTorch has no formulas for them, and low-rank optimizers are made of them."""
+    meter = FlopMeter()
+    meter.begin_step()
+    with meter.counting("update"):
+        torch.zeros(6, 5).addmm_(torch.randn(6, 2), torch.randn(2, 5))
+        torch.zeros(3, 6, 5).baddbmm_(torch.randn(3, 6, 2), torch.randn(3, 2, 5))
+        torch.linalg.qr(torch.randn(2, 9, 6))
+        torch.linalg.svd(torch.randn(6, 9), full_matrices=False)
+    meter.end_step(0, 0)
+    products, qr, svd = 2 * 6 * 2 * 5, 4 * 9 * 6**2 - 4 * 6**3 // 3, 6 * 9 * 6**2 + 20 * 6**3
+    assert meter.per_step() == 4 * products + 2 * qr + svd
+
+
 @pytest.mark.parametrize("length", [1, 7])
 def test_attention_on_a_cpu_counts_like_its_matrix_products(length: int) -> None:
     batch, heads, width = 2, 3, 8

@@ -22,6 +22,7 @@ nothing but subnormal numbers (below 1.2e-38) is stored as zeros.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -64,6 +65,17 @@ def dynamic_map(bits: Bits = 8, *, signed: bool = True) -> Tensor:
         middles = (10 ** (decade + 1 - decades) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += middles + ([-value for value in middles] if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@contextmanager
+def large_chunks() -> Iterator[None]:
+    """In the block, a CPU codes as many numbers at a time as other devices do: slower, in fewer operations."""
+    global _CHUNK
+    usual, _CHUNK = _CHUNK, _CHUNK_ELSEWHERE
+    try:
+        yield
+    finally:
+        _CHUNK = usual
 
 
 class Codebook:

@@ -24,7 +24,8 @@ from leantrain.ledger import record
 from leantrain.ledger.activations import Activations
 from leantrain.ledger.flops import FlopMeter
 from leantrain.ledger.storages import reachable_tensors, storage_bytes, storage_keys
-from leantrain.optim import Chain, codes
+from leantrain.optim import Chain
+from leantrain.optim.codes import large_chunks
 from leantrain.optim.in_backward import InBackward, step_in_backward
 from leantrain.plan.live import EARNEST, Live, new_pretence, pretending
 from leantrain.plan.subject import Subject
@@ -175,7 +176,7 @@ class Rehearsal:
     @contextmanager
     def _stepping(self) -> Iterator[Live]:
         live = Live(self.device, EARNEST)
-        with pretending(self._pretence, live), _large_chunks(self.model):
+        with pretending(self._pretence, live), _chunks_for(self.model):
             yield live
 
     def _pretending(self) -> AbstractContextManager[None]:
@@ -323,20 +324,14 @@ def _by_kind(groups: Sequence[dict[str, Any]], params: list[nn.Parameter]) -> li
     return [_Team([members[-1]], members) for members in alike.values()]
 
 
-@contextmanager
-def _large_chunks(model: nn.Module) -> Iterator[None]:
-    """Where parameters are large, code moments in chunks as large as on a GPU.
+def _chunks_for(model: nn.Module) -> AbstractContextManager[None]:
+    """Where parameters are large, moments are coded in large chunks.
 
     The chunks are all alike, and a CPU's are so small that rehearsing a 7B model's would take minutes. What is thereby
     predicted too much is tens of megabytes, where parameters have gigabytes.
     """
-    chunk = codes._CHUNK
-    if any(param.numel() >= _LARGE for param in model.parameters()):
-        codes._CHUNK = codes._CHUNK_ELSEWHERE
-    try:
-        yield
-    finally:
-        codes._CHUNK = chunk
+    large = any(param.numel() >= _LARGE for param in model.parameters())
+    return large_chunks() if large else nullcontext()
 
 
 def _typical(first_and_second: list[int], refresh: int | None) -> float:
