@@ -21,12 +21,14 @@ LAYERS = (
     {"paired"},
     {"train"},
     {"checkpoint", "evaluation", "journal", "progress"},
+    {"own_state"},
     {"finite", "snapshot", "trackers"},
     {"recipe"},
     {"hosts"},
     ROOMS,
-    {"processes", "integers", "layers"},
-    {"roll_call"},
+    {"processes", "integers", "layers", "histogram"},
+    {"roll_call", "meeting"},
+    {"lifeline"},
 )
 """From the top down: each imports only what stands below it."""
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from leantrain.errors import RunError, UsageError
 from leantrain.processes import choose_device, joined, stop_on_signals
-from tests.small_runs import Processes, free_port, small_recipe
+from leantrain.recipe import Component
+from tests.small_runs import Forgetful, Processes, free_port, small_recipe
 
 
 def test_one_process_alone_never_touches_torch_distributed() -> None:
@@ -36,15 +40,33 @@ def test_a_dead_process_ends_the_others_with_one_line_that_names_it(tmp_path: Pa
         assert "\n" not in message
 
 
-def test_a_process_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
-    recipe = small_recipe(steps=100_000)
-    processes = Processes(2, [(recipe, tmp_path / "run")], tmp_path, LEANTRAIN_TIMEOUT_S="1")
-    processes.until(lambda events: len(events) > 3)
-    processes.signal(signal.SIGSTOP, rank=1)
-    processes.workers[0].join(20)
-    processes.signal(signal.SIGKILL, rank=1)
-    assert processes.wait()[0] == 1
-    assert "stopped answering rank 0" in processes.events()[-1]["message"]
+class Stuck(Forgetful):
+    """In the process STUCK it goes well for a few steps, and then forward never ends."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.passes > 5 and os.environ["RANK"] == os.environ["STUCK"]:
+            if os.environ["HOW"] == "frozen":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            while True:
+                time.sleep(0.0 if os.environ["HOW"] == "spinning" else 1.0)
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize(("stuck", "how"), [(0, "frozen"), (1, "sleeping"), (2, "spinning")])
+def test_a_process_that_hangs_is_named_by_all_others(stuck: int, how: str, tmp_path: Path) -> None:
+    recipe = small_recipe(steps=100_000, batch_size=12, eval_every=0, model=Component("tests.test_processes.Stuck"))
+    others = [rank for rank in range(4) if rank != stuck]
+    processes = Processes(
+        4, [(recipe, tmp_path / "run")], tmp_path, LEANTRAIN_TIMEOUT_S="2", STUCK=str(stuck), HOW=how
+    )  # fmt: skip
+    for rank in others:
+        processes.workers[rank].join(40)
+    processes.signal(signal.SIGKILL, rank=stuck)
+    assert [processes.wait()[rank] for rank in others] == [1, 1, 1]
+    where = "" if how == "frozen" else r"hangs \(in forward, test_processes.py line \d+\) and "
+    for rank in others:
+        expected = rf"rank {stuck} of 4 {where}stopped answering rank {rank}( \(|: )"
+        assert re.match(expected, processes.events(rank)[-1]["message"]), processes.events(rank)[-1]
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

@@ -23,16 +23,22 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from leantrain.errors import RunError, UsageError
+from leantrain.lifeline import Lifeline, address_towards
+from leantrain.meeting import meet
 from leantrain.roll_call import RollCall
 
 TIMEOUT_VARIABLE = "LEANTRAIN_TIMEOUT_S"
 """Environment variable: seconds after which a process that does not answer is given up."""
 TIMEOUT_S = 600.0
 
-_groups: list[Any] = []
-"""Process groups once joined, kept to the end of the process. Taking one down waits for gloo's threads, which may wait
-for Python's lock. Python lets go of the lock before, but DDP's Reducer, if it is the last to hold the group, does not,
-and everything stands still (seen in PyTorch 2.13). With a reference here it is never the last."""
+_PATIENCE_S = 5.0
+"""A process that is alive reports in milliseconds, on a loaded machine in a second."""
+_TIME_IS_UP = ("timed out", "timeout")
+
+_kept: list[Any] = []
+"""Process groups and lifelines, kept to the end of the process. Taking a group down waits for gloo's threads, which may
+wait for Python's lock. Python lets go of the lock before, but DDP's Reducer, if it is the last to hold the group, does
+not, and everything stands still (seen in PyTorch 2.13). With a reference here it is never the last."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """How many processes train together, 1 when this one trains alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def succeeded_everywhere(succeeded: bool) -> bool:
     """Whether every process says so; a meeting point for all of them."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -98,18 +109,19 @@ def joined(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(0, 1, chosen)
         return
-    roll_call = RollCall(_meet(number, size, chosen), number, size)
+    roll_call = _meet(number, size, chosen)
     world = World(number, size, chosen)
-    _groups.append(dist.group.WORLD)
+    _kept.append(dist.group.WORLD)
     try:
         yield world
     except RuntimeError as error:
-        if not _is_lost_connection(error):
+        if not is_lost_connection(error):
             raise
-        gone = roll_call.gone()
-        lost = f"rank {gone} of {size}" if gone else "a connection between processes"
-        raise RunError(f"{lost} stopped answering rank {number}: {_first_line(error)}") from error
+        late = any(word in str(error).lower() for word in _TIME_IS_UP)
+        verdict = roll_call.verdict(timed_out=late, patience_s=min(_PATIENCE_S, timeout_s()))
+        raise RunError(f"{verdict.sentence(number, size)}: {_first_line(error)}") from error
     finally:
+        roll_call.close()
         dist.destroy_process_group()
 
 
@@ -158,31 +170,37 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _meet(number: int, size: int, device: torch.device) -> Store:
+def _meet(number: int, size: int, device: torch.device) -> RollCall:
     """Start the process group, with CPU tensors over gloo and CUDA tensors over NCCL."""
-    wait = timedelta(seconds=_timeout_s())
+    wait = timedelta(seconds=timeout_s())
     address = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR not set)')}:{os.environ.get('MASTER_PORT', '?')}"
     try:
-        store: Store = next(rendezvous("env://", number, size, timeout=wait))[0]
-        store.set_timeout(wait)
+        shared: Store = next(rendezvous("env://", number, size, timeout=wait))[0]
+        shared.set_timeout(wait)
+        lifeline = Lifeline(address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        meeting = meet(shared, number, size, lifeline.address, wait.total_seconds())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("group", store), rank=number, world_size=size, timeout=wait,
+            store=PrefixStore("group", meeting.store), rank=number, world_size=size, timeout=wait,
         )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             problem = f"port {address} is already taken; choose another, as torchrun --master-port=29501"
         else:
             problem = f"process {number} of {size} cannot meet the others at {address}: {_first_line(error)}"
         raise RunError(problem) from error
-    return PrefixStore("alive", store)
+    _kept.append(lifeline)
+    return RollCall(PrefixStore("alive", meeting.store), number, meeting.notes)
 
 
-def _is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because of a peer. gloo has no exception type of its own, only words."""
     if isinstance(error, dist.DistError):
         return True
-    words = ("connection closed by peer", "connection reset", "timed out waiting", "broken pipe", "connectfullmesh")
+    words = (
+        "connection closed by peer", "connection reset", "timed out waiting", "broken pipe", "connectfullmesh",
+        "application timeout",
+    )  # fmt: skip
     return not isinstance(error, (RunError, UsageError)) and any(word in str(error).lower() for word in words)
 
 
@@ -198,7 +216,8 @@ def _whole_number(variable: str, default: int) -> int:
         raise UsageError(f"{variable} must be a whole number, got {text!r}") from None
 
 
-def _timeout_s() -> float:
+def timeout_s() -> float:
+    """Seconds after which a process that does not answer is given up, from TIMEOUT_VARIABLE or the default."""
     text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
     try:
         seconds = float(text)
