@@ -5,6 +5,8 @@
         optimizer-0.safetensors    the first optimizer's state tensors, `state/PARAMETER/KEY`
         optimizer-0.json           its class, groups and how the tensors belong together
         state.json                 the step, and what the caller gave as `extra`
+        rank-0.safetensors         what only process 0 has: its exchange's state (residuals, momenta); where processes
+                                   have weights of their own between meetings, also these and its optimizers' state
         manifest.json              size and BLAKE2b checksum of every file above, written last
 
 One process, DDP and FSDP2 write and read the same files. Nothing is ever unpickled.
@@ -16,7 +18,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from leantrain import snapshot
+from leantrain import own_state, snapshot
 from leantrain.atomic import whole_folder
 from leantrain.errors import RunError, UsageError
+from leantrain.exchange import Dense, Exchange
 from leantrain.processes import rank, succeeded_everywhere
 from leantrain.snapshot import UnsavableState
 
@@ -39,7 +42,7 @@ _NAME = re.compile(r"step-(\d{7,})")
 
 def save(
     folder: Path | str, step: int, model: nn.Module, optimizers: Sequence[Optimizer], extra: dict[str, Any],
-    *, keep: int = 2,
+    *, keep: int = 2, exchange: Exchange | None = None,
 ) -> Path:  # fmt: skip
     """Write `folder`/step-NNNNNNN and then remove all but the `keep` newest. All processes must call it.
 
@@ -49,6 +52,7 @@ def save(
         optimizers: in an order that will be the same when loading.
         extra: whatever JSON can hold; `load` gives it back.
         keep: how many checkpoints to leave, >= 1. Ones of later steps are leftovers of a damaged end and go too.
+        exchange: the one whose state is to be saved, in every process; None: one without state.
 
     Returns:
         The checkpoint's folder.
@@ -57,21 +61,23 @@ def save(
         UnsavableState: an optimizer's state is more than tensors and plain values. Nothing was written.
         RunError: the disk is full, read-only or otherwise unwilling. What was saved before is untouched.
     """
-    folder = Path(folder)
-    snapshots = {"model": snapshot.of_model(model)}
-    snapshots |= {f"optimizer-{i}": snapshot.of_optimizer(each, model) for i, each in enumerate(optimizers)}
-    writes = rank() == 0
-    tensors = {name: each.gathered(keep=writes) for name, each in snapshots.items()}
-    texts = {name: json.dumps(each.structure) for name, each in snapshots.items() if each.structure}
-    texts["state"] = json.dumps({"step": step, "extra": extra})
-
+    folder, exchange = Path(folder), exchange or Dense()
+    own = own_state.pack(model, optimizers, exchange)  # before the block, in which the model is everybody's
     path, problem = folder / _folder_name(step), None
-    if writes:
-        try:
-            _write(path, tensors, texts)
-            _keep_newest(folder, keep, step)
-        except (OSError, SafetensorError) as error:
-            problem = error
+    with exchange.consensus():
+        snapshots = {"model": snapshot.of_model(model)}
+        snapshots |= {f"optimizer-{i}": snapshot.of_optimizer(each, model) for i, each in enumerate(optimizers)}
+        writes = rank() == 0
+        tensors = {name: each.gathered(keep=writes) for name, each in snapshots.items()}
+        texts = {name: json.dumps(each.structure) for name, each in snapshots.items() if each.structure}
+        texts["state"] = json.dumps({"step": step, "extra": extra})
+        with own_state.collected(own) as everyones:
+            if writes:
+                try:
+                    _write(path, tensors, texts, everyones)
+                    _keep_newest(folder, keep, step)
+                except (OSError, SafetensorError) as error:
+                    problem = error
     if not succeeded_everywhere(problem is None):
         reason = getattr(problem, "strerror", None) or problem or "rank 0 could not write it"
         good = max(_steps(folder), default=None)
@@ -120,8 +126,10 @@ def read_state(path: Path | str) -> tuple[int, dict[str, Any]]:
         raise RunError(f"cannot read checkpoint {path}: {error}") from error
 
 
-def load(path: Path | str, model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[int, dict[str, Any]]:
-    """Put the checkpoint's weights and optimizer states into `model` and `optimizers`, in place.
+def load(
+    path: Path | str, model: nn.Module, optimizers: Sequence[Optimizer], exchange: Exchange | None = None,
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    """Put the checkpoint's weights and states into `model`, `optimizers` and `exchange`, in place.
 
     Returns:
         The step and the `extra` it was saved with.
@@ -144,6 +152,7 @@ def load(path: Path | str, model: nn.Module, optimizers: Sequence[Optimizer]) ->
         for i, (optimizer, structure) in enumerate(zip(optimizers, structures, strict=True)):
             with safe_open(path / f"optimizer-{i}.safetensors", "pt") as file:
                 snapshot.restore_optimizer(optimizer, structure, model, file)
+        own_state.restore(path, model, optimizers, exchange or Dense())
     except UsageError as error:
         raise UsageError(f"cannot continue from {path}: {error}") from None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -151,7 +160,9 @@ def load(path: Path | str, model: nn.Module, optimizers: Sequence[Optimizer]) ->
     return read_state(path)
 
 
-def _write(path: Path, tensors: dict[str, dict[str, Any]], texts: dict[str, str]) -> None:
+def _write(
+    path: Path, tensors: dict[str, dict[str, Any]], texts: dict[str, str], everyones: Iterator[tuple[str, bytes]]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(".step-*.tmp"):  # of a process that was killed while writing or removing
         shutil.rmtree(leftover, ignore_errors=True)
@@ -160,6 +171,8 @@ def _write(path: Path, tensors: dict[str, dict[str, Any]], texts: dict[str, str]
             save_file(each, aside / f"{name}.safetensors")
         for name, text in texts.items():
             (aside / f"{name}.json").write_text(text, encoding="utf-8")
+        for name, content in everyones:
+            (aside / name).write_bytes(content)
         files = {file.name: {"bytes": file.stat().st_size, "blake2b": _checksum(file)} for file in aside.iterdir()}
         (aside / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "files": files}), encoding="utf-8")
 

@@ -33,13 +33,17 @@ class Progress:
         self._losses = torch.zeros((), device=world.device)
         self._counted = 0
 
-    def spent(self) -> float:
-        """The part of the budget that is used up, 1 at the end: of steps, seconds or tokens, whichever is furthest."""
-        spent = self.step / self.recipe.steps
+    def spent(self, steps: int = 0, tokens: int = 0) -> float:
+        """The part of the budget that is used up, 1 at the end: of steps, seconds or tokens, whichever is furthest.
+
+        Args:
+            steps, tokens: of a step that is still being taken.
+        """
+        spent = (self.step + steps) / self.recipe.steps
         if self.recipe.max_seconds is not None:
             spent = max(spent, self.agreed_seconds / self.recipe.max_seconds)
         if self.recipe.max_tokens is not None:
-            spent = max(spent, self.tokens / self.recipe.max_tokens)
+            spent = max(spent, (self.tokens + tokens) / self.recipe.max_tokens)
         return spent
 
     @property
@@ -61,9 +65,11 @@ class Progress:
         self.examples += examples
         self.seconds += seconds
 
-    def take_mean_loss(self) -> float:
-        """The mean loss over all processes since this was last asked. All of them must ask."""
-        mean = self.world.total({"loss": self._losses.item()})["loss"] / (self._counted * self.world.size)
+    def take_mean_loss(self, same: bool = False) -> float:
+        """The mean loss over all processes since this was last asked. All of them must ask, unless it is the `same`."""
+        own = self._losses.item()
+        total = own * self.world.size if same else self.world.total({"loss": own})["loss"]
+        mean = total / (self._counted * self.world.size)
         self._losses.zero_()
         self._counted = 0
         return mean

@@ -117,6 +117,22 @@ def of_optimizer(optimizer: Optimizer, model: nn.Module) -> Snapshot:
     return Snapshot(tensors, structure)
 
 
+def of_values(values: dict[str, Any], owner: str) -> Snapshot:
+    """Nested dicts, lists and tuples of tensors and plain values; `owner` is named in errors.
+
+    Raises:
+        UnsavableState: there is something else among them.
+    """
+    tensors: dict[str, Tensor] = {}
+    return Snapshot(tensors, {"values": _Packer(owner, tensors)(values, "values")})
+
+
+def values_of(structure: Mapping[str, Any], file: TensorFile) -> dict[str, Any]:
+    """What `of_values` was given, its tensors on the CPU."""
+    values: dict[str, Any] = _unpack(structure["values"], file, None)
+    return values
+
+
 def check_optimizer(optimizer: Optimizer, model: nn.Module, structure: Mapping[str, Any]) -> None:
     """Refuse a structure that was made of another class of optimizer, or of other parameters.
 

@@ -13,18 +13,20 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from leantrain import checkpoint
-from leantrain.data import Batch, Data
+from leantrain.data import Data
 from leantrain.errors import RunError, UsageError
 from leantrain.evaluation import evaluate
-from leantrain.exchange import Exchange
+from leantrain.exchange import Exchange, Share
 from leantrain.finite import FiniteGuard
 from leantrain.journal import Journal, OnEvent, RunResult, Status
 from leantrain.learn import checkpoint_activations
@@ -120,6 +122,7 @@ class Run:
         self.norm = torch.zeros(())
         self.saved: Path | None = None
         self.savable, self.stopping = True, False
+        self.problem: str | None = None
         self.evaluated_at = -1
 
     def to_the_end(self, stop_requested: Callable[[], bool]) -> Status:
@@ -141,13 +144,14 @@ class Run:
 
     def step(self, stop_requested: Callable[[], bool]) -> None:
         """One optimizer step on one global batch, `batch_size` examples over all processes."""
-        started, recipe, number = time.perf_counter(), self.recipe, self.progress.step
-        _seed_everything(recipe.seed, number, self.world)
+        started, recipe, number, world = time.perf_counter(), self.recipe, self.progress.step, self.world
         with record.phase("data"):
             everyones = self.data.train_batch(recipe.seed, number, recipe.batch_size)
-            batch = everyones.shard(self.world.rank, self.world.size).to(self.world.device)
+            shares = self.exchange.shares(everyones, world.rank, world.size, recipe.accumulate)
+            shares = [replace(share, batch=share.batch.to(world.device)) for share in shares]
         self.set_rates()
-        loss, examples = self.find_gradients(batch)
+        loss, used = self.find_gradients(shares)
+        examples = round(used * len(everyones))
         with record.phase("update"):
             if self.in_backward is not None:  # the weights have moved already; this ends their step
                 self.in_backward.step()
@@ -155,25 +159,33 @@ class Run:
             self.agree(self.guard.watch(number + 1, loss, self.norm), stop_requested())
             if self.in_backward is None:
                 self.apply_gradients()
+        with record.phase("exchange"):
+            self.exchange.after_step(last=self.progress.spent(steps=1, tokens=everyones.tokens) >= 1)
+        record.add("bytes_sent", self.exchange.bytes_sent_per_step(self.attached, world.size, recipe.accumulate))
         if self.ledger is not None:
             self.ledger.step_done(examples=examples, tokens=everyones.tokens)
         self.progress.stepped(loss, everyones.tokens, examples, time.perf_counter() - started)
 
-    def find_gradients(self, batch: Batch) -> tuple[Tensor, int]:
-        """Fill `.grad` from this process's batch, one micro-batch after another.
+    def find_gradients(self, shares: Sequence[Share]) -> tuple[Tensor, float]:
+        """Fill `.grad` from this process's shares of the batch, one after another, and exchange it.
 
         Returns:
-            The batch's mean loss, and how many examples all processes used.
+            The mean loss of this process's shares, or of the whole batch where the exchange knows it; and the part of
+            the shares' examples that was used.
         """
-        micro_batches = batch.split(self.recipe.accumulate)
-        losses, examples = [], 0
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            with self.exchange.gradient_sync(self.attached, enabled=number == len(micro_batches)):
-                result = self.learner.step(micro_batch, weight=1 / len(micro_batches))
-            losses.append(result.loss)
-            examples += result.examples_used * self.world.size
-        record.add("bytes_sent", self.exchange.bytes_sent_per_step(self.attached, self.world.size, len(micro_batches)))
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), examples
+        loss, used, place = torch.zeros((), device=self.world.device), 0, None
+        for number, share in enumerate(shares, start=1):
+            if share.place != place:
+                place = share.place
+                _seed_everything(self.recipe.seed, self.progress.step, place, self.world.device)
+            with self.exchange.gradient_sync(self.attached, enabled=number == len(shares)):
+                result = self.learner.step(share.batch, weight=share.weight)
+            loss = loss + share.weight * result.loss
+            used += result.examples_used
+        with record.phase("exchange"):
+            self.exchange.tell_loss(loss)
+            self.exchange.finish_gradients()
+        return self.exchange.known_loss(), used / sum(len(share.batch) for share in shares) if shares else 1.0
 
     def set_rates(self) -> None:
         """The schedule's learning rates for this step."""
@@ -186,19 +198,23 @@ class Run:
 
     def apply_gradients(self) -> None:
         """Clip what is in `.grad`, step, and clear it."""
-        if self.recipe.clip is not None:
+        if self.recipe.clip is not None and self.exchange.clips:
             clip_grads_with_norm_(self.trained, self.recipe.clip, self.norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-    def agree(self, problem: str | None, stop: bool) -> None:
-        """All processes count time and stop together, and one number that is not finite ends the run in all of them."""
-        worst = self.world.highest(stop or self.stopping, self.progress.seconds, problem is not None)
+    def agree(self, problem: str | None, stop: bool, always: bool = False) -> None:
+        """All processes count time and stop together, and one number that is not finite ends the run in all of them.
+        Where they do not meet in every step, all of this waits until they do; with `always` they meet now."""
+        self.problem = self.problem or problem
+        worst = self.exchange.agree([stop or self.stopping, self.progress.seconds, self.problem is not None], always)
+        if worst is None:
+            return
         self.stopping, self.progress.agreed_seconds = bool(worst[0]), worst[1]
         if worst[2]:
             last = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
-            raise RunError(f"{problem or 'another process found a loss that is not finite'}; {last}")
+            raise RunError(f"{self.problem or 'another process found a loss that is not finite'}; {last}")
 
     def due(self, every: int) -> bool:
         """Whether something is due after this step that happens `every` so many, 0 meaning never."""
@@ -216,7 +232,7 @@ class Run:
             raise RunError(f"processes see different checkpoints in {folder}; it must be on a disk that they share")
         if self.saved is not None:
             check_same_recipe(self.recipe, extra["progress"], self.saved)
-            checkpoint.load(self.saved, self.model, self.optimizers)
+            checkpoint.load(self.saved, self.model, self.optimizers, self.exchange)
             self.progress.restore(extra["progress"])
             self.journal.notes.extend(extra["notes"])
             if self.ledger is not None and extra["ledger"] is not None:
@@ -224,26 +240,47 @@ class Run:
         elif self.world.first:
             shutil.rmtree(folder, ignore_errors=True)
         self.journal.open(step, recipe_to_dict(self.recipe), dump(recipe_to_dict(self.recipe)))
+        if self.recipe.clip is not None and not self.exchange.clips:
+            exchange = type(self.exchange).__name__
+            self.journal.note(f"clip={self.recipe.clip} is left out: what {exchange} gives has no norm to clip")
+        self.arrange_buckets()
         self.evaluated_at = int(self.world.highest(self.journal.last_evaluation())[0])
         self.journal.tell(
             "start", name=self.recipe.name, step=step, steps=self.recipe.steps, parameters=self.parameters(),
             device=str(self.world.device), world=self.world.size,
         )  # fmt: skip
 
+    def arrange_buckets(self) -> None:
+        """A backward pass for nothing, in three processes and more. DDP lays out its buckets anew after a process's
+        first, and where in a bucket a number is decides in which order a ring adds its parts. So the first step of a
+        run that goes on adds as that step of the run that was never stopped. Exchanges with state of their own add in
+        an order of their own."""
+        if self.world.size < 3 or not isinstance(self.attached, DistributedDataParallel) or self.exchange.state_dict():
+            return
+        batch = self.data.train_batch(self.recipe.seed, 0, self.recipe.batch_size)
+        share = self.exchange.shares(batch, self.world.rank, self.world.size, self.recipe.accumulate)[0]
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.learner.step(share.batch.to(self.world.device), weight=0.0)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.model.zero_grad()
+
     def log(self) -> None:
         """One line: the mean loss since the line before, and where things stand."""
         with self.unmeasured():
             self.journal.line("step", {
-                "step": self.progress.step, "loss": self.progress.take_mean_loss(), "lr": float(self.groups()[0]["lr"]),
+                "step": self.progress.step, "loss": self.progress.take_mean_loss(self.exchange.knows_loss),
+                "lr": float(self.groups()[0]["lr"]),
                 "grad_norm": self.norm.item(), "tokens": self.progress.tokens, "examples": self.progress.examples,
                 "seconds": self.progress.seconds,
+                **{f"exchange/{name}": value for name, value in self.exchange.metrics().items()},
             })  # fmt: skip
 
     def evaluate(self) -> None:
         """One line about the held-out data, in forward passes as large as those of training."""
         parts = self.recipe.accumulate * self.world.size
         limit = None if self.recipe.eval_batches is None else self.recipe.eval_batches * parts
-        with self.unmeasured():
+        with self.unmeasured(), self.exchange.consensus():
             found = evaluate(self.learner, self.data, self.world, self.recipe.batch_size // parts, limit)
             counts = {"tokens": self.progress.tokens, "seconds": self.progress.seconds}
             self.journal.line("eval", {"step": self.progress.step, **found, **counts})
@@ -254,13 +291,15 @@ class Run:
         if not self.savable:
             return
         with self.unmeasured():
-            self.agree(self.guard.settle(), self.stopping)
+            self.agree(self.guard.settle(), self.stopping, always=True)
             self.journal.flush()
             ledger = self.ledger.state_dict() if self.ledger is not None else None
             extra = {"progress": self.progress.to_dict(), "notes": self.journal.notes, "ledger": ledger}
             folder, step = self.journal.folder / "checkpoints", self.progress.step
             try:
-                self.saved = checkpoint.save(folder, step, self.model, self.optimizers, extra, keep=self.recipe.keep)
+                self.saved = checkpoint.save(
+                    folder, step, self.model, self.optimizers, extra, keep=self.recipe.keep, exchange=self.exchange
+                )
             except checkpoint.UnsavableState as error:
                 self.savable = False
                 self.journal.note(f"this run cannot be resumed: {error}")
@@ -308,13 +347,13 @@ def _check_processes(recipe: Recipe, world: World, exchange: Exchange) -> None:
         )
 
 
-def _seed_everything(seed: int, step: int, world: World) -> None:
-    """Dropout and the like draw other numbers in every step and process, and the same ones whenever it is repeated."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=8).digest()
+def _seed_everything(seed: int, step: int, place: int, device: torch.device) -> None:
+    """Dropout and the like draw other numbers in every step and share, and the same ones whenever it is repeated."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big")
     torch.default_generator.manual_seed(number)  # torch.manual_seed does the same in 300 times as many microseconds
-    if world.device.type == "cuda":
-        torch.cuda.default_generators[world.device.index].manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(number)
 
 
 def _total_norm(params: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,6 @@
 
 from leantrain.exchange.dense import Dense, FullyShard
 from leantrain.exchange.projected import Projected
-from leantrain.exchange.protocol import Exchange
+from leantrain.exchange.protocol import Exchange, Share
 
-__all__ = ["Dense", "Exchange", "FullyShard", "Projected"]
+__all__ = ["Dense", "Exchange", "FullyShard", "Projected", "Share"]

@@ -15,38 +15,91 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from leantrain.errors import UsageError
+from leantrain.exchange.channel import ring_bytes
+from leantrain.exchange.protocol import Share, Splittable
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-class Dense:
+class Stations:
+    """What an exchange does at each station of a step unless it says otherwise; see `leantrain.exchange.Exchange`."""
+
+    replicated: bool = True
+    clips: ClassVar[bool] = True
+    knows_loss: ClassVar[bool] = False
+
+    def check_optimizer(self, optimizer: type[Optimizer]) -> None:
+        """Every optimizer works: it sees ordinary parameters and the same gradient in every process."""
+
+    def connect(self, optimizers: Sequence[Optimizer]) -> None:
+        """Nothing to learn: they see ordinary gradients."""
+
+    def shares(self, batch: Splittable, rank: int, world: int, accumulate: int) -> list[Share]:
+        """This process's examples in `accumulate` micro-batches."""
+        parts = batch.shard(rank, world).split(accumulate)
+        return [Share(part, 1 / len(parts), place=rank) for part in parts]
+
+    def tell_loss(self, loss: Tensor) -> None:
+        """Kept for `known_loss`."""
+        self._loss = loss
+
+    def known_loss(self) -> Tensor:
+        """That of this process's own shares: it stands for all."""
+        return self._loss
+
+    def finish_gradients(self) -> None:
+        """Nothing is left to do: the backward pass has exchanged them."""
+
+    def agree(self, values: Sequence[float], always: bool = False) -> list[float] | None:
+        """An all-reduce of a few numbers, in every step."""
+        return highest(values)
+
+    def after_step(self, last: bool = False) -> None:
+        """Weights are not exchanged: all processes have taken the same step."""
+
+    def consensus(self) -> AbstractContextManager[None]:
+        """All processes have the same weights anyway."""
+        return nullcontext()
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing worth a line."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """No state."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """No state."""
+
+    def resized(self, states: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+        """No state, whatever the number of processes."""
+        return {}
+
+
+class Dense(Stations):
     """Average whole gradients over all processes with `DistributedDataParallel`, overlapped with the backward pass.
 
     Gradients live in the communication buckets (`gradient_as_bucket_view`), so they are not held twice.
     """
 
-    def check_optimizer(self, optimizer: type[Optimizer]) -> None:
-        """Every optimizer works: it sees ordinary parameters and the same averaged gradient in every process."""
-
     def attach(self, model: nn.Module) -> nn.Module:
-        """The model wrapped for several processes; the model itself for one."""
-        if _world_size() == 1:
+        """The model wrapped for several processes; the model itself for one, or if it is wrapped already."""
+        if _world_size() == 1 or isinstance(model, DistributedDataParallel):
             return model
         device = next(model.parameters()).device
         indices = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=indices, gradient_as_bucket_view=True)
-
-    def connect(self, optimizers: Sequence[Optimizer]) -> None:
-        """Nothing to learn: they see ordinary gradients."""
 
     def gradient_sync(self, model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """Without `enabled`, gradients stay in this process until a later backward pass with it."""
@@ -56,10 +109,14 @@ class Dense:
 
     def bytes_sent_per_step(self, model: nn.Module, world: int, micro_batches: int = 1) -> int:
         """Ring all-reduce of every gradient once, however many micro-batches there are. Buffers are not counted."""
-        return sum(ring_bytes(p.numel(), p.element_size(), world) for p in model.parameters() if p.requires_grad)
+        return self.predicted_bytes([p for p in model.parameters() if p.requires_grad], world)
+
+    def predicted_bytes(self, params: Sequence[Tensor], world: int) -> int:
+        """Ring all-reduce of every gradient."""
+        return sum(ring_bytes(p.numel(), p.element_size(), world) for p in params)
 
 
-class FullyShard:
+class FullyShard(Stations):
     """Split weights, gradients and optimizer state over all processes with FSDP2's `fully_shard`.
 
     Each child of the model's first `ModuleList` (its blocks) is one unit that is gathered when it runs and freed
@@ -122,11 +179,18 @@ class FullyShard:
             total += (world - 1) * piece * (gathers + (1 if p.requires_grad else 0))
         return total
 
+    def predicted_bytes(self, params: Sequence[Tensor], world: int) -> int:
+        """As if all parameters belonged to blocks: two all-gathers of the weights and a reduce-scatter of gradients."""
+        return sum(3 * (world - 1) * -(-p.numel() // world) * p.element_size() for p in params)
 
-def ring_bytes(numbers: int, bytes_each: int, world: int) -> int:
-    """Bytes that each process sends in a ring all-reduce: the flat tensor is cut into `world` pieces of at most
-    ceil(numbers / world), and `world - 1` pieces are sent in each of the two rounds."""
-    return 2 * (world - 1) * -(-numbers // world) * bytes_each
+
+def highest(values: Sequence[float]) -> list[float]:
+    """Every value's maximum over all processes."""
+    if _world_size() == 1:
+        return list(values)
+    found = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 @contextmanager

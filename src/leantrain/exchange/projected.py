@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from leantrain.errors import UsageError
-from leantrain.exchange.dense import Dense, ring_bytes
+from leantrain.exchange.channel import ring_bytes
+from leantrain.exchange.dense import Dense
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
