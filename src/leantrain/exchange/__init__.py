@@ -1,7 +1,29 @@
 """How workers tell each other what they learned: what is sent, and how what arrives is combined."""
 
+from leantrain.exchange.codecs.entropy import Entropy, decode, encode
+from leantrain.exchange.codecs.key_frames import WeightReceiver, WeightSender
+from leantrain.exchange.codecs.signs import OneBit, majority, pack_signs, unpack_signs
+from leantrain.exchange.codecs.top_k import TopK
 from leantrain.exchange.dense import Dense, FullyShard
+from leantrain.exchange.packet import PacketError
 from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange, Share
 
-__all__ = ["Dense", "Exchange", "FullyShard", "Projected", "Share"]
+__all__ = [
+    "Dense",
+    "Entropy",
+    "Exchange",
+    "FullyShard",
+    "OneBit",
+    "PacketError",
+    "Projected",
+    "Share",
+    "TopK",
+    "WeightReceiver",
+    "WeightSender",
+    "decode",
+    "encode",
+    "majority",
+    "pack_signs",
+    "unpack_signs",
+]
