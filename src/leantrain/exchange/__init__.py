@@ -5,6 +5,7 @@ from leantrain.exchange.codecs.key_frames import WeightReceiver, WeightSender
 from leantrain.exchange.codecs.signs import OneBit, majority, pack_signs, unpack_signs
 from leantrain.exchange.codecs.top_k import TopK
 from leantrain.exchange.dense import Dense, FullyShard
+from leantrain.exchange.majority_vote import MajorityVote
 from leantrain.exchange.packet import PacketError
 from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange, Share
@@ -14,6 +15,7 @@ __all__ = [
     "Entropy",
     "Exchange",
     "FullyShard",
+    "MajorityVote",
     "OneBit",
     "PacketError",
     "Projected",
