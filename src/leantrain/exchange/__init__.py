@@ -4,6 +4,7 @@ from leantrain.exchange.codecs.entropy import Entropy, decode, encode
 from leantrain.exchange.codecs.key_frames import WeightReceiver, WeightSender
 from leantrain.exchange.codecs.signs import OneBit, majority, pack_signs, unpack_signs
 from leantrain.exchange.codecs.top_k import TopK
+from leantrain.exchange.deep_gradient_compression import DeepGradientCompression
 from leantrain.exchange.dense import Dense, FullyShard
 from leantrain.exchange.majority_vote import MajorityVote
 from leantrain.exchange.packet import PacketError
@@ -11,6 +12,7 @@ from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange, Share
 
 __all__ = [
+    "DeepGradientCompression",
     "Dense",
     "Entropy",
     "Exchange",
