@@ -6,6 +6,7 @@ from leantrain.exchange.codecs.signs import OneBit, majority, pack_signs, unpack
 from leantrain.exchange.codecs.top_k import TopK
 from leantrain.exchange.deep_gradient_compression import DeepGradientCompression
 from leantrain.exchange.dense import Dense, FullyShard
+from leantrain.exchange.local_sgd import DiLoCo, LocalSGD
 from leantrain.exchange.majority_vote import MajorityVote
 from leantrain.exchange.packet import PacketError
 from leantrain.exchange.projected import Projected
@@ -14,9 +15,11 @@ from leantrain.exchange.protocol import Exchange, Share
 __all__ = [
     "DeepGradientCompression",
     "Dense",
+    "DiLoCo",
     "Entropy",
     "Exchange",
     "FullyShard",
+    "LocalSGD",
     "MajorityVote",
     "OneBit",
     "PacketError",
