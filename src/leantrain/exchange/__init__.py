@@ -6,6 +6,7 @@ from leantrain.exchange.codecs.signs import OneBit, majority, pack_signs, unpack
 from leantrain.exchange.codecs.top_k import TopK
 from leantrain.exchange.deep_gradient_compression import DeepGradientCompression
 from leantrain.exchange.dense import Dense, FullyShard
+from leantrain.exchange.entropy_coded import EntropyCoded
 from leantrain.exchange.local_sgd import DiLoCo, LocalSGD
 from leantrain.exchange.majority_vote import MajorityVote
 from leantrain.exchange.packet import PacketError
@@ -17,6 +18,7 @@ __all__ = [
     "Dense",
     "DiLoCo",
     "Entropy",
+    "EntropyCoded",
     "Exchange",
     "FullyShard",
     "LocalSGD",
