@@ -12,8 +12,13 @@ from leantrain.exchange.majority_vote import MajorityVote
 from leantrain.exchange.packet import PacketError
 from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange, Share
+from leantrain.exchange.stragglers.coded_jobs import CodedJobs
+from leantrain.exchange.stragglers.gradient_coding import GradientCoding
+from leantrain.exchange.stragglers.planner import plan_scheme
+from leantrain.exchange.stragglers.sequential_coding import MSGC, SRSGC
 
 __all__ = [
+    "CodedJobs",
     "DeepGradientCompression",
     "Dense",
     "DiLoCo",
@@ -21,11 +26,14 @@ __all__ = [
     "EntropyCoded",
     "Exchange",
     "FullyShard",
+    "GradientCoding",
     "LocalSGD",
+    "MSGC",
     "MajorityVote",
     "OneBit",
     "PacketError",
     "Projected",
+    "SRSGC",
     "Share",
     "TopK",
     "WeightReceiver",
@@ -34,5 +42,6 @@ __all__ = [
     "encode",
     "majority",
     "pack_signs",
+    "plan_scheme",
     "unpack_signs",
 ]

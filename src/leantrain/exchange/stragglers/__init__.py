@@ -1,0 +1,1 @@
+"""Steps that do not wait for late workers: gradient codes, in one step and over several."""
