@@ -12,6 +12,17 @@ from leantrain.exchange.majority_vote import MajorityVote
 from leantrain.exchange.packet import PacketError
 from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange, Share
+from leantrain.exchange.robust.aggregators import (
+    centered_clipping,
+    coordinate_median,
+    geometric_median,
+    krum,
+    multi_krum,
+    nearest_neighbor_average,
+    nearest_neighbor_mixing,
+    trimmed_mean,
+)
+from leantrain.exchange.robust.monna import MoNNA
 from leantrain.exchange.stragglers.coded_jobs import CodedJobs
 from leantrain.exchange.stragglers.gradient_coding import GradientCoding
 from leantrain.exchange.stragglers.planner import plan_scheme
@@ -30,6 +41,7 @@ __all__ = [
     "LocalSGD",
     "MSGC",
     "MajorityVote",
+    "MoNNA",
     "OneBit",
     "PacketError",
     "Projected",
@@ -38,10 +50,18 @@ __all__ = [
     "TopK",
     "WeightReceiver",
     "WeightSender",
+    "centered_clipping",
+    "coordinate_median",
     "decode",
     "encode",
+    "geometric_median",
+    "krum",
     "majority",
+    "multi_krum",
+    "nearest_neighbor_average",
+    "nearest_neighbor_mixing",
     "pack_signs",
     "plan_scheme",
+    "trimmed_mean",
     "unpack_signs",
 ]
