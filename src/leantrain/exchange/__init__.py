@@ -7,9 +7,11 @@ from leantrain.exchange.codecs.top_k import TopK
 from leantrain.exchange.deep_gradient_compression import DeepGradientCompression
 from leantrain.exchange.dense import Dense, FullyShard
 from leantrain.exchange.entropy_coded import EntropyCoded
+from leantrain.exchange.half_precision import HalfPrecision
 from leantrain.exchange.local_sgd import DiLoCo, LocalSGD
 from leantrain.exchange.majority_vote import MajorityVote
 from leantrain.exchange.packet import PacketError
+from leantrain.exchange.power_sgd import PowerSGD
 from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange, Share
 from leantrain.exchange.robust.aggregators import (
@@ -38,12 +40,14 @@ __all__ = [
     "Exchange",
     "FullyShard",
     "GradientCoding",
+    "HalfPrecision",
     "LocalSGD",
     "MSGC",
     "MajorityVote",
     "MoNNA",
     "OneBit",
     "PacketError",
+    "PowerSGD",
     "Projected",
     "SRSGC",
     "Share",
