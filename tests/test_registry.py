@@ -26,7 +26,7 @@ def test_no_two_methods_share_a_name_or_a_class():
 
 @each_method
 def test_the_class_path_leads_to_what_its_room_offers(method: Method):
-    package, room, _, name = method.class_path.split(".")
+    package, room, *_, name = method.class_path.split(".")
     found = getattr(import_module(method.class_path.rpartition(".")[0]), name)
     assert inspect.isclass(found) or inspect.isfunction(found)
     assert (package, room, name) == ("leantrain", method.room, method.name)
@@ -41,7 +41,8 @@ def test_the_summary_is_one_sentence_and_the_source_has_a_year(method: Method):
 
 @each_method
 def test_a_method_has_its_test_its_benchmark_and_its_card(method: Method, repository: Path):
-    assert (repository / "tests" / method.room / f"test_{stem(method)}.py").is_file()
+    _, room, *parts, _, _ = method.class_path.split(".")
+    assert repository.joinpath("tests", room, *parts, f"test_{stem(method)}.py").is_file()
     of_its_own = list((repository / "benchmarks" / method.room).glob(f"{stem(method)}*.py"))
     assert of_its_own or method.name in (repository / "benchmarks" / "optim" / "peers.py").read_text(encoding="utf-8")
     assert (repository / "docs" / method.card).is_file()

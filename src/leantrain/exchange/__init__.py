@@ -31,6 +31,8 @@ from leantrain.exchange.stragglers.planner import plan_scheme
 from leantrain.exchange.stragglers.sequential_coding import MSGC, SRSGC
 
 __all__ = [
+    "MSGC",
+    "SRSGC",
     "CodedJobs",
     "DeepGradientCompression",
     "Dense",
@@ -42,14 +44,12 @@ __all__ = [
     "GradientCoding",
     "HalfPrecision",
     "LocalSGD",
-    "MSGC",
     "MajorityVote",
     "MoNNA",
     "OneBit",
     "PacketError",
     "PowerSGD",
     "Projected",
-    "SRSGC",
     "Share",
     "TopK",
     "WeightReceiver",
