@@ -131,7 +131,7 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, _: list[str]) -> int:
-    """`leantrain plan --model NAME --memory SIZE`."""
+    """`leantrain plan --model NAME --memory SIZE --bandwidth RATE`."""
     if (options.model is None) == (options.recipe is None):
         raise UsageError("plan needs one of --model and --recipe")
 
@@ -196,13 +196,18 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("folder", type=Path, metavar="FOLDER", help="where the comparison put its results")
     for sub in (several, reporting):
         sub.add_argument("--open", action="store_true", help="open the report in the browser, if there is a display")
-    planning = command("plan", _plan, "say which ways of training a model fit a memory, and what each costs")
+    planning = command("plan", _plan, "say which ways of training a model fit a memory or a network")
     planning.add_argument(
         "--model", metavar="NAME", help="llama-60m ... llama-7b, or a Hugging Face config (folder, file, class)"
     )
     planning.add_argument("--recipe", metavar="RECIPE.yaml", type=Path, help="plan what this recipe trains")
+    planning.add_argument("--memory", metavar="SIZE", help="what a step may hold, such as 24GB or 22.5GiB")
     planning.add_argument(
-        "--memory", metavar="SIZE", required=True, help="what a step may hold, such as 24GB or 22.5GiB"
+        "--bandwidth", metavar="RATE", help="of every process's link, such as 100Mbit: compare the exchanges on it"
+    )
+    planning.add_argument("--processes", type=int, default=4, metavar="N", help="that exchange gradients (default: 4)")
+    planning.add_argument(
+        "--latency_ms", type=float, default=0.0, metavar="MS", help="from one process to another (default: 0)"
     )
     planning.add_argument("--batch", type=int, metavar="N", help="examples per step (default: 1, or the recipe's)")
     planning.add_argument("--context", type=int, metavar="N", help="tokens per example (default: 256, or the recipe's)")

@@ -85,7 +85,10 @@ def test_what_fits_nowhere_ends_with_1_and_says_what_would_have_to_give(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "--memory"),
+        ([], "--model and --recipe"),
+        (["--model", "llama-7b"], "--memory, --bandwidth or both"),
+        (["--model", "llama-7b", "--bandwidth", "100"], "such as 100Mbit or 1Gbit, got '100'"),
+        (["--model", "llama-tiny", "--bandwidth", "1Gbit", "--processes", "1"], "processes must be 2 or more"),
         (["--memory", "1GB"], "--model and --recipe"),
         (["--memory", "1GB", "--model", "a", "--recipe", "b"], "--model and --recipe"),
         (["--memory", "1gb", "--model", "llama-7b"], "'1gb'"),

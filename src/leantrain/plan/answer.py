@@ -8,13 +8,16 @@ import re
 from pathlib import Path
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from leantrain.display import size
 from leantrain.errors import LeantrainError, RunError, UsageError
 from leantrain.plan.check import Measured, measure
+from leantrain.plan.links import OnLink, bits_per_second, plan_links
 from leantrain.plan.memory_size import memory_size
 from leantrain.plan.plan import FORMATS, Plan, Prediction, make_plan
-from leantrain.plan.show import check_picture, picture, show, show_check, to_json
+from leantrain.plan.show import SCHEMA, check_picture, picture, show, show_check, to_json
+from leantrain.plan.show_links import links_to_json, show_links
 from leantrain.plan.subject import CONTEXT, Subject, from_recipe, named
 
 
@@ -25,6 +28,12 @@ def answer(options: argparse.Namespace) -> int:
         UsageError: an option is wrong.
         LeantrainError: nothing fits; or what was to be checked does not fit this machine.
     """
+    if options.memory is None and options.bandwidth is None:
+        raise UsageError("plan needs --memory, --bandwidth or both")
+    links = _links(options) if options.bandwidth is not None else None
+    if options.memory is None:
+        _say_links(options, links)
+        return 0
     memory, device = memory_size(options.memory), _device(options.device)
     if options.picture is not None:
         check_picture(options.picture)
@@ -34,9 +43,12 @@ def answer(options: argparse.Namespace) -> int:
         show(plan, everything=options.all)
     check = _check(plan, subject) if options.check and plan.fitting else None
     if options.json:
-        print(json.dumps(to_json(plan, check), indent=1))  # noqa: T201  # what was asked for
+        extra = {} if links is None else {"exchanges": links_to_json(links)}
+        print(json.dumps(to_json(plan, check) | extra, indent=1))  # noqa: T201  # what was asked for
     elif check is not None:
         show_check(*check)
+    if links is not None and not options.json:
+        _say_links(options, links)
     if options.picture is not None:
         picture(plan, options.picture)
     if not plan.fitting:
@@ -54,6 +66,23 @@ def _subject(options: argparse.Namespace) -> Subject:
     flags = [] if options.batch is None else ["--batch_size", str(options.batch)]
     flags += [] if options.context is None else ["--data.context", str(options.context)]
     return from_recipe(Path(options.recipe), flags, options.allow)
+
+
+def _links(options: argparse.Namespace) -> list[OnLink]:
+    bandwidth = bits_per_second(options.bandwidth)
+    with FakeTensorMode():  # sizes are all that is needed
+        params = [param for param in _subject(options).build_model().parameters() if param.requires_grad]
+    return plan_links(params, options.processes, bandwidth, options.latency_ms / 1000)
+
+
+def _say_links(options: argparse.Namespace, links: list[OnLink] | None) -> None:
+    assert links is not None
+    if options.json:
+        print(json.dumps({"schema": SCHEMA, "exchanges": links_to_json(links)}, indent=1))  # noqa: T201
+        return
+    what = f"gradients of {options.model or options.recipe} among {options.processes} processes"
+    delay = f", {options.latency_ms:g} ms from one to another" if options.latency_ms else ""
+    show_links(links, f"{what} at {options.bandwidth}{delay}; forward and backward pass left out")
 
 
 def _device(asked: str) -> str:
