@@ -164,7 +164,7 @@ class WeightEntropy:
 
 
 def draw_entropy(curves: Mapping[str, Sequence[EntropyPoint]], path: str | Path) -> None:
-    """Draw curves side by side, each in a panel under its name, and write them to `path` as PNG.
+    """Draw curves, two beside each other, each in a panel under its name, and write them to `path` as PNG.
 
     Raises:
         UsageError: there is no curve, or an empty one.
@@ -174,14 +174,19 @@ def draw_entropy(curves: Mapping[str, Sequence[EntropyPoint]], path: str | Path)
 
     if not curves or not all(curves.values()):
         raise UsageError(f"there is nothing to draw: {dict.fromkeys(curves, 'empty')!r}")
-    figure = Figure(figsize=(4.5 * len(curves), 3.4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for panel, (name, curve) in zip(panels, curves.items(), strict=True):
+    columns = min(2, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.5 * columns, 0.6 + 2.8 * rows), dpi=120, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
+    for panel, (name, curve) in zip(panels, curves.items(), strict=False):
         for quantity, meaning in _MEANINGS.items():
             points = [(point.step, bits) for point in curve if (bits := getattr(point, quantity)) is not None]
             panel.plot([step for step, _ in points], [bits for _, bits in points], label=f"{quantity}: {meaning}")
-        panel.set(title=name, xlabel="optimizer steps", ylim=(0, None))
-    panels[0].set_ylabel("entropy, bits a weight")
+        panel.set(title=name, xlabel="optimizer steps", ylabel="entropy, bits a weight")
+        panel.label_outer()
+    panels[0].set_ylim(bottom=0)  # of all: only now are their highest points known
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize="small", frameon=False)
     with whole_file(path) as file:
         FigureCanvasAgg(figure).print_png(str(file))
