@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,18 +135,22 @@ def test_with_several_agents_the_others_go_on_when_one_of_them_is_killed(
     launched: Launched, undisturbed: Launched
 ) -> None:
     """A worker is killed first, and all three begin anew; then an agent with its worker, and two go on."""
+    port = free_port()
     options = (
         "--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test",
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1",
+        f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1",
         "--rdzv-conf=last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=5",
     )  # fmt: skip
-    for _ in range(3):
+    launched.torchrun(*options)
+    launched.until(lambda: listens(port))  # so that it is the first agent that holds the rendezvous
+    for _ in range(2):
         launched.torchrun(*options)
     launched.until(lambda: launched.newest() >= EVERY)
     assert "in 3 processes" in launched.said()
     os.kill(launched.workers()[2][1], signal.SIGKILL)
     launched.until(lambda: "in 3 processes (going on from step" in launched.said())
-    number, worker = launched.workers()[2]
+    # Neither the agent with the rendezvous nor that of rank 0: the job does not outlive these.
+    number, worker = next(launched.workers()[rank] for rank in (1, 2) if launched.workers()[rank][0] != 0)
     os.kill(launched.agents[number].pid, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)
     ends = launched.wait()
@@ -155,3 +160,8 @@ def test_with_several_agents_the_others_go_on_when_one_of_them_is_killed(
     assert [step for step in steps if step < STEPS] == list(range(1, STEPS))
     last = [log_without_times(each.out)[-2]["loss"] for each in (launched, undisturbed)]
     assert last[0] == pytest.approx(last[1], rel=1e-3)  # the sum over examples is taken in another order
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

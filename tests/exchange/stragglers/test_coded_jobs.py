@@ -185,7 +185,8 @@ def test_training_goes_on_without_a_dead_worker(plain, tmp_path: Path, scheme: S
     found = torch.load(tmp_path / "found.pt")
     check(found, plain)
     assert found["lost"] == [2] and found["reasons"] != [""]
-    assert (found["stood_in"] > 0) == isinstance(scheme, MSGC)
+    if isinstance(scheme, MSGC):  # the others may do without, or not, by what was late when it died
+        assert found["stood_in"] > 0
 
 
 def refused(scheme: Scheme, of: list[nn.Module], examples: int = EXAMPLES, mu: float | None = None) -> None:
