@@ -134,16 +134,6 @@ class Channel:
             dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        """Send `tensor` to the process `to`, which calls `receive`."""
-        self.sent += tensor.numel() * tensor.element_size()
-        dist.send(tensor.contiguous(), group=self.group, group_dst=to)
-
-    def receive(self, tensor: Tensor, source: int) -> Tensor:
-        """Fill `tensor` with what the process `source` sends."""
-        dist.recv(tensor, group=self.group, group_src=source)
-        return tensor
-
 
 class Echo:
     """A channel without processes: `size` of them that all send what this one sends. For timing what a codec does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,9 +22,6 @@ class Splittable(Protocol):
     def split(self, parts: int) -> Any:
         """As many micro-batches of equal size."""
         ...
-
-
-B = TypeVar("B", bound=Splittable)
 
 
 @dataclass(frozen=True)
