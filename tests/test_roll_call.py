@@ -56,6 +56,21 @@ def test_who_notices_late_hears_the_verdict_even_if_the_store_has_left() -> None
     assert call[2].verdict(timed_out=False, patience_s=1.0).gone == [1]
 
 
+def test_rank_0_leaves_last_where_all_went_well() -> None:
+    stores, lifelines = meet(2)
+    call = calls(stores, lifelines)
+    left: list[int] = []
+    first = threading.Thread(target=lambda: (call[0].close(), left.append(0)))
+    first.start()
+    time.sleep(0.3)
+    call[1].close()
+    left.append(1)
+    first.join()
+    assert left == [1, 0]
+    for each in lifelines:
+        each.close()
+
+
 def test_when_all_wait_nobody_is_accused_and_nobody_waits_longer() -> None:
     stores, lifelines = meet(2)
     call = calls(stores, lifelines)

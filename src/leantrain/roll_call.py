@@ -117,11 +117,15 @@ class RollCall:
         return self._verdict
 
     def close(self) -> None:
-        """End this process's part, because all went well."""
+        """End this process's part, because all went well. Rank 0, which may hold the store, leaves last: where a
+        store goes away while somebody asks it, PyTorch prints a page of warnings."""
         if self._answering.is_alive() and not self._failed:
             with suppress(RuntimeError):  # who held the store has left already
                 self._store.set(f"{self._rank} called", "to leave")
-            self._answering.join(_STORE_S)
+                self._answering.join(_STORE_S)
+                self._store.set(f"{self._rank} left", "")
+                if self._rank == 0:
+                    self._wait_for_all(self._store, "left")
 
     def _answer(self, store: Store) -> None:
         """Report until there is a verdict."""
@@ -152,9 +156,7 @@ class RollCall:
                 time.sleep(_LOOK_AGAIN_S)
             self._settle(Verdict(**json.loads(store.get("verdict"))))
             if self._rank == 0:  # it may hold the store, and the others have not read the verdict
-                deadline = time.monotonic() + _STORE_S
-                while time.monotonic() < deadline and self._alive(self._silent(store, "knows")):
-                    time.sleep(_LOOK_AGAIN_S)
+                self._wait_for_all(store, "knows")
         except RuntimeError:  # rank 0 held the store, unless torchrun does, and has left
             self._settled.wait(_REPORT_AGAIN_S)  # the answering thread may have heard a verdict before
             self._settle(self._by_myself())
@@ -166,6 +168,12 @@ class RollCall:
     def _silent(self, store: Store, word: str) -> set[int]:
         """The processes that have not said `word`."""
         return {rank for rank in self._lifelines if not store.check([f"{rank} {word}"])}
+
+    def _wait_for_all(self, store: Store, word: str) -> None:
+        """Until everybody who is still alive has said `word`, but not for ever."""
+        deadline = time.monotonic() + _STORE_S
+        while time.monotonic() < deadline and self._alive(self._silent(store, word)):
+            time.sleep(_LOOK_AGAIN_S)
 
     def _alive(self, ranks: set[int]) -> bool:
         """Whether waiting for one of these processes makes sense."""
