@@ -77,4 +77,4 @@ if __name__ == "__main__":
     try:
         main()
     except Unavailable as reason:
-        sys.exit(f"skipped: {reason}")
+        print(f"skipped: {reason}", file=sys.stderr)

@@ -185,7 +185,6 @@ def draw_entropy(curves: Mapping[str, Sequence[EntropyPoint]], path: str | Path)
             points = [(point.step, bits) for point in curve if (bits := getattr(point, quantity)) is not None]
             panel.plot([step for step, _ in points], [bits for _, bits in points], label=f"{quantity}: {meaning}")
         panel.set(title=name, xlabel="optimizer steps", ylabel="entropy, bits a weight")
-        panel.label_outer()
     panels[0].set_ylim(bottom=0)  # of all: only now are their highest points known
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize="small", frameon=False)
     with whole_file(path) as file:
