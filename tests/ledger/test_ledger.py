@@ -116,8 +116,8 @@ def test_the_summary_has_every_figure_and_goes_through_json() -> None:
     summary = trained().summary()
     assert json.loads(json.dumps(summary)) == summary
     assert set(summary) == {
-        "steps", "step_seconds", "phase_seconds", "peak_bytes", "flops", "bytes_sent", "examples", "tokens",
-        "energy_joules", "energy_source", "events", "device",
+        "steps", "step_seconds", "phase_seconds", "block_seconds", "peak_bytes", "flops", "bytes_sent", "examples",
+        "tokens", "energy_joules", "energy_source", "events", "device",
     }  # fmt: skip
     assert set(summary["step_seconds"]) == {"median", "p99", "max", "total"}
     assert set(summary["phase_seconds"]) == {"data", "forward", "backward", "exchange", "update", "other"}
@@ -192,6 +192,25 @@ def test_several_optimizers_count_together() -> None:
         ledger.step_done()
     first, last = (IN + 1) * WIDE, (WIDE + 1) * OUT
     assert ledger.summary()["peak_bytes"]["optimizer_state"] == (2 * first + 2 + last) * FLOAT
+
+
+def test_time_of_a_block_is_its_own_and_its_phase_s() -> None:
+    ledger = Ledger(nn.Linear(2, 2))
+    with ledger:
+        for _ in range(2):
+            with record.phase("forward", 1):
+                time.sleep(0.01)
+                with record.phase("backward", 2):
+                    time.sleep(0.03)
+            ledger.step_done()
+    again = Ledger(nn.Linear(2, 2))
+    again.load_state_dict(ledger.state_dict())
+    for each in (ledger, again):
+        blocks, phases = each.summary()["block_seconds"], each.summary()["phase_seconds"]
+        assert list(blocks) == ["1", "2"]
+        assert 0.01 <= blocks["1"]["forward"] < 0.03 <= blocks["2"]["backward"]
+        assert phases["forward"] == pytest.approx(blocks["1"]["forward"], rel=0.5)
+    assert "block 2" in str(ledger)
 
 
 def test_time_goes_to_the_phase_it_was_spent_in() -> None:

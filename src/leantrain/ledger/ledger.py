@@ -75,10 +75,17 @@ class Ledger:
         self._steps = self._examples = self._tokens = 0
         self._times = StepTimes((*record.PHASES, OTHER))
         self._counters: Counter[str] = Counter()
+        self._blocks: Counter[str] = Counter()  # seconds by phase and block, as "backward/3"
         self._phases = {name: _Phase(self, name) for name in record.PHASES}
+        self._of_blocks: dict[str, _Phase] = {}
         self._open: list[str] = []  # the phases entered and not left, outermost first
         self._watches: list[ExitStack] = []  # what watches each of them, on a sampled step
         self._active = self._paused = False
+
+    def watch(self, optimizer: Optimizer | Iterable[Optimizer] | None) -> None:
+        """Measure the state of these optimizers from now on, instead of those before."""
+        self._optimizers = _optimizers(optimizer)
+        self._memory.watch(self._optimizers)
 
     # The four things a training loop calls.
 
@@ -105,15 +112,21 @@ class Ledger:
         self._book(wait=True)
         self._active = False
 
-    def phase(self, name: str) -> AbstractContextManager[object]:
+    def phase(self, name: str, block: int | None = None) -> AbstractContextManager[object]:
         """Time the block as part of phase `name` of the current step; of nested phases, the innermost has the time.
+        Time of a `block` of layers, counted from 1, is also added up by itself.
 
         Raises:
             UsageError: `name` is none of data, forward, backward, exchange, update; or the ledger is not recording.
         """
         if name not in self._phases:
             raise UsageError(f"unknown phase {name!r}{nearest(name, record.PHASES)}")
-        return self._phases[name]
+        if block is None:
+            return self._phases[name]
+        key = f"{name}/{block}"
+        if key not in self._of_blocks:
+            self._of_blocks[key] = _Phase(self, key)
+        return self._of_blocks[key]
 
     def step_done(self, examples: int = 0, tokens: int = 0) -> None:
         """End a step that trained on `examples` examples with `tokens` tokens; the next one begins here.
@@ -178,6 +191,7 @@ class Ledger:
             "steps": self._steps,
             "step_seconds": self._times.of_steps(),
             "phase_seconds": self._times.of_phases(),
+            "block_seconds": self._block_seconds(),
             "peak_bytes": self._peak_bytes(),
             "flops": {"per_step": self._flops.per_step(), "total": self._flops.total()},
             "bytes_sent": round(self._counters["bytes_sent"]),
@@ -206,6 +220,7 @@ class Ledger:
             "times": self._times.state_dict(),
             "peaks": self._peaks(),
             "counters": dict(self._counters),
+            "blocks": dict(self._blocks),
             "flops": self._flops.state_dict(),
             "energy": self._energy.state_dict(),
         }
@@ -215,7 +230,7 @@ class Ledger:
         self._steps, self._examples, self._tokens = state["steps"], state["examples"], state["tokens"]
         self._times.load_state_dict(state["times"])
         self._peaks_before = dict(state["peaks"])
-        self._counters = Counter(state["counters"])
+        self._counters, self._blocks = Counter(state["counters"]), Counter(state["blocks"])
         self._flops.load_state_dict(state["flops"])
         self._energy.load_state_dict(state["energy"])
 
@@ -229,12 +244,14 @@ class Ledger:
 
     def _enter_phase(self, name: str) -> None:
         self._require_recording(f"phase({name!r})")
+        around, phase = self._open[-1] if self._open else "", name.partition("/")[0]
         self._open.append(name)
         if self._paused:
             return
         if self._samples_memory or self._counts_flops:
             self._clock.switch(UNCOUNTED)
-            self._watches.append(self._watch(name))
+            watched = around.partition("/")[0] == phase  # a block's part of a phase that is being watched as a whole
+            self._watches.append(ExitStack() if watched else self._watch(phase))
         self._clock.switch(name)
 
     def _leave_phase(self, *error: Any) -> None:
@@ -266,7 +283,20 @@ class Ledger:
 
     def _book(self, wait: bool = False) -> None:
         for seconds in self._clock.finished(wait):
-            self._times.add(seconds)
+            phases: Counter[str] = Counter()
+            for key, spent in seconds.items():
+                phases[key.partition("/")[0]] += spent  # type: ignore[assignment]  # seconds are fractional
+                if "/" in key:
+                    self._blocks[key] += spent  # type: ignore[assignment]
+            self._times.add(dict(phases))
+
+    def _block_seconds(self) -> dict[str, dict[str, float]]:
+        """Seconds of every block by phase, the mean over all steps; empty where nothing was told of blocks."""
+        found: dict[str, dict[str, float]] = {}
+        for key in sorted(self._blocks, key=lambda key: int(key.partition("/")[2])):
+            phase, _, block = key.partition("/")
+            found.setdefault(block, {})[phase] = self._blocks[key] / self._steps
+        return found
 
     def _peaks(self) -> dict[str, int | None]:
         here = {**self._memory.peaks, "together": self._memory.together, "total": self._total_peak.read()}

@@ -79,6 +79,10 @@ class MemoryMeter:
             held += sizes[index]
         self._note(held)
 
+    def watch(self, optimizers: Sequence[Optimizer]) -> None:
+        """Look at these optimizers from now on."""
+        self._optimizers = optimizers
+
     def _held_by_optimizers(self) -> int:
         """Bytes of gradients that are not in `.grad`: one that steps in backward accumulates projected ones itself."""
         holders = (optimizer for optimizer in self._optimizers if hasattr(optimizer, "held_gradients"))

@@ -15,7 +15,7 @@ PHASES = ("data", "forward", "backward", "exchange", "update")
 class Recorder(Protocol):
     """What an active ledger offers to the rooms."""
 
-    def phase(self, name: str) -> AbstractContextManager[object]: ...
+    def phase(self, name: str, block: int | None = None) -> AbstractContextManager[object]: ...
     def add(self, name: str, amount: float) -> None: ...
 
 
@@ -30,9 +30,15 @@ def activate(recorder: Recorder | None) -> Recorder | None:
     return previous
 
 
-def phase(name: str) -> AbstractContextManager[object]:
-    """Time the block as part of the phase `name` of the current step (one of PHASES)."""
-    return _NOTHING if _active is None else _active.phase(name)
+def phase(name: str, block: int | None = None) -> AbstractContextManager[object]:
+    """Time what is done here as part of the phase `name` of the current step (one of PHASES).
+
+    Args:
+        block: which block of layers, from 1, it is done for; None: no block in particular.
+    """
+    if _active is None:
+        return _NOTHING
+    return _active.phase(name) if block is None else _active.phase(name, block)
 
 
 def add(name: str, amount: float) -> None:

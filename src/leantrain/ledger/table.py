@@ -28,6 +28,9 @@ def _rows(summary: dict[str, Any], flops_by_phase: dict[str, int]) -> Iterator[t
     for phase, seconds in summary["phase_seconds"].items():
         if seconds:
             yield f"  {phase}", f"{_seconds(seconds)}{_share(seconds, step['median'])}"
+    for block, phases in summary.get("block_seconds", {}).items():
+        parts = ", ".join(f"{phase} {_seconds(seconds)}" for phase, seconds in phases.items())
+        yield f"  block {block}", f"{parts} in the mean"
     per_step, total = (_scaled(flops[key], 1000, "FLOP") for key in ("per_step", "total"))
     yield "FLOPs per step", per_step if flops["total"] is None else f"{per_step}, {total} in all"
     for phase, count in flops_by_phase.items():
