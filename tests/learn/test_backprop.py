@@ -271,10 +271,10 @@ def test_the_passes_are_recorded_as_phases_in_order() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "next_tokens"}, r"task 'next_tokens' is unknown; did you mean 'next_token'\?"),
-        ({"task": "regression", "precision": "fp16"}, r"precision 'fp16' is unknown.*allowed: bf16, fp32"),
-        ({"task": "regression", "model": nn.ReLU()}, r"the model ReLU has no parameters to train"),
-        ({"task": "regression", "model": nn.Linear(2, 2).requires_grad_(False)}, r"no parameters to train"),
+        ({"loss": "next_tokens"}, r"task 'next_tokens' is unknown; did you mean 'next_token'\?"),
+        ({"loss": "regression", "precision": "fp16"}, r"precision 'fp16' is unknown.*allowed: bf16, fp32"),
+        ({"loss": "regression", "model": nn.ReLU()}, r"the model ReLU has no parameters to train"),
+        ({"loss": "regression", "model": nn.Linear(2, 2).requires_grad_(False)}, r"no parameters to train"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(arguments: dict[str, object], message: str) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leantrain.errors import UsageError
-from leantrain.learn.losses import Task, logits_of, mean_loss, sums
+from leantrain.learn.losses import Task, mean_loss, sums
+from leantrain.outputs import logits_of
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

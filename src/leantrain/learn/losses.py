@@ -12,22 +12,50 @@ sums and means.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leantrain.errors import UsageError
+from leantrain.errors import UsageError, nearest
 
 Task = Literal["next_token", "classification", "regression"]
 TASKS: tuple[str, ...] = get_args(Task)
+Loss = Task | Callable[[Tensor, Tensor], Tensor]
+"""A task, or a function of logits and targets that returns the batch's mean loss."""
 IGNORED = -100  # PyTorch's and Hugging Face's value for a target that does not count
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What outputs are judged by."""
+
+    mean: Callable[[Tensor, Tensor], Tensor]
+    """Of outputs and targets: the batch's mean loss, 0-dim and differentiable."""
+    sums: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    """Of outputs and targets: `loss_sum`, the `count` of its terms and, given classes, how many were `correct`."""
+
+
+def objective(loss: Loss) -> Objective:
+    """What trains and evaluates by `loss`.
+
+    Raises:
+        UsageError: it is neither a task nor a function.
+    """
+    if callable(loss):
+        return Objective(loss, partial(_sums_of, loss))
+    if loss not in TASKS:
+        raise UsageError(f"task {loss!r} is unknown{nearest(str(loss), TASKS)}")
+    return Objective(partial(mean_loss, loss), partial(sums, loss))
 
 
 def mean_loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
     """The batch's mean loss, 0-dim and differentiable."""
-    outputs, targets = _aligned(task, outputs, targets)
+    outputs, targets = aligned(task, outputs, targets)
     if task == "regression":
         return F.mse_loss(outputs, targets)
     return F.cross_entropy(outputs, targets, ignore_index=IGNORED)
@@ -35,7 +63,7 @@ def mean_loss(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def sums(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """`loss_sum`, the `count` of its terms and, given classes, how many were `correct`: 0-dim each."""
-    outputs, targets = _aligned(task, outputs, targets)
+    outputs, targets = aligned(task, outputs, targets)
     if task == "regression":
         count = torch.tensor(targets.numel(), device=targets.device)
         return {"loss_sum": F.mse_loss(outputs, targets, reduction="sum"), "count": count}
@@ -46,17 +74,15 @@ def sums(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
-def logits_of(outputs: object) -> Tensor:
-    """The tensor in what a model returned: itself, or the `.logits` of a Hugging Face output."""
-    logits = getattr(outputs, "logits", outputs)
-    if not isinstance(logits, Tensor):
-        raise UsageError(
-            f"a model must return a tensor of logits or an output with .logits, got {type(outputs).__name__}"
-        )
-    return logits
+def _sums_of(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """As `sums`, for a loss that only tells its mean; given int64 targets, those of classes."""
+    classes = targets.dtype == torch.int64 and outputs.shape[:-1] == targets.shape
+    count = (targets != IGNORED).sum() if classes else torch.tensor(len(targets), device=targets.device)
+    found = {"loss_sum": loss(outputs, targets).detach() * count, "count": count}
+    return {**found, "correct": (outputs.argmax(-1) == targets).sum()} if classes else found
 
 
-def _aligned(task: Task, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def aligned(task: Task, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the shapes the loss functions take, [N, classes] and [N] or twice the same, or a UsageError."""
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if task == "regression":
