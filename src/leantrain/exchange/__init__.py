@@ -14,6 +14,7 @@ from leantrain.exchange.packet import PacketError
 from leantrain.exchange.power_sgd import PowerSGD
 from leantrain.exchange.projected import Projected
 from leantrain.exchange.protocol import Exchange, Share
+from leantrain.exchange.relay import Relay
 from leantrain.exchange.robust.aggregators import (
     centered_clipping,
     coordinate_median,
@@ -50,6 +51,7 @@ __all__ = [
     "PacketError",
     "PowerSGD",
     "Projected",
+    "Relay",
     "Share",
     "TopK",
     "WeightReceiver",

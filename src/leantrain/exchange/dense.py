@@ -41,6 +41,9 @@ class Stations:
     def check_optimizer(self, optimizer: type[Optimizer]) -> None:
         """Every optimizer works: it sees ordinary parameters and the same gradient in every process."""
 
+    def join(self, learner: Any) -> None:
+        """Nothing to arrange: every process trains all of the model."""
+
     def connect(self, optimizers: Sequence[Optimizer]) -> None:
         """Nothing to learn: they see ordinary gradients."""
 

@@ -56,6 +56,14 @@ class Exchange(Protocol):
         """The model to run from now on. Its parameters must be handed to optimizers after this call, not before."""
         ...
 
+    def join(self, learner: Any) -> None:
+        """Arrange with the learner what each process trains. Called once, after `attach`.
+
+        Raises:
+            UsageError: it is a learner that cannot be shared out so.
+        """
+        ...
+
     def connect(self, optimizers: Sequence[Optimizer]) -> None:
         """Get to know the optimizers that step the attached model. Called once, before the first backward pass.
 
