@@ -101,6 +101,15 @@ def parameter_groups(
     return [part for group in result for part in _divided(group, spared)]
 
 
+def parameters_chosen(model: nn.Module, choice: Choice) -> list[str]:
+    """Names of the trainable parameters that `choice`, as in a group's "params", means; perhaps none.
+
+    Raises:
+        UsageError: an invalid expression.
+    """
+    return _chosen(model, choice, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+
+
 def _matrices(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

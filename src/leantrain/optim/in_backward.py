@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NoReturn, get_args, overload
 
@@ -66,7 +67,7 @@ def step_in_backward(
         model: the plain module, or one that `fully_shard` has sharded.
         optimizer: one of `leantrain.optim`, or any other that leaves parameters without a gradient alone and keeps
             nothing that belongs to several of them.
-        accumulate: backward passes per step, >= 1.
+        accumulate: backward passes per step that reach a parameter, >= 1; not all need reach all parameters.
         max_norm: clip gradients to this global norm, > 0; None measures the norm and clips nothing.
         clip: "previous" scales by the norm of the step before, and frees gradients at once. (The first step of a run
             has none before it; it scales by the norm of the gradients that have arrived so far.) "exact" waits for the
@@ -149,8 +150,7 @@ class InBackward(Optimizer):
         self._attach()
 
     def _begin_step(self) -> None:
-        self._passes = 0  # backward passes so far
-        self._task: int | None = None  # autograd's number of the last one
+        self._passes: Counter[Tensor] = Counter()  # backward passes that each parameter has had a gradient in
         self._sums: dict[Tensor, ProjectedSum] = {}
         self._waiting: dict[Tensor, None] = {}  # those whose gradient is complete and waits for the norm
         self._square = 0.0  # of the norm of all complete gradients
@@ -262,7 +262,8 @@ class InBackward(Optimizer):
             raise UsageError("in the middle of a step every process holds other gradients; save after step()")
         own = {
             "accumulate": self._accumulate, "steps": self._steps, "norm": self._norm, "previous": self._previous,
-            "skipped": self.skipped, "passes": self._passes, "square": self._square, "spoiled": self._spoiled,
+            "skipped": self.skipped, "square": self._square, "spoiled": self._spoiled,
+            "passes": {self._numbers[param]: passes for param, passes in self._passes.items()},
             "waiting": [self._numbers[param] for param in self._waiting], "sums": sums, "whole": whole,
         }  # fmt: skip
         return {**self.inner.state_dict(), _KEY: own}
@@ -287,8 +288,9 @@ class InBackward(Optimizer):
         self._steps, self._norm, self._previous, self.skipped = (
             own[name] for name in ("steps", "norm", "previous", "skipped")
         )
-        self._passes, self._square, self._spoiled = own["passes"], own["square"], own["spoiled"]
+        self._square, self._spoiled = own["square"], own["spoiled"]
         params = list(self._numbers)
+        self._passes = Counter({params[number]: passes for number, passes in own["passes"].items()})
         self._waiting = dict.fromkeys(params[number] for number in own["waiting"])
         for number, kept in own["sums"].items():
             own_tensors = {key: v.clone().to(params[number].device) for key, v in kept.items() if isinstance(v, Tensor)}
@@ -307,23 +309,19 @@ class InBackward(Optimizer):
     def _arrived(self, param: Tensor) -> None:
         """The hook: the gradient of one more backward pass has been added to `param.grad`."""
         with self._lock:
-            self._count_pass()
+            self._count_pass(param)
             if not self._stays_whole(param):
                 self._project(param)
-            if self._passes == self._accumulate:
+            if self._passes[param] == self._accumulate:
                 self._complete(param)
 
-    def _count_pass(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        if self._passes == self._accumulate:
+    def _count_pass(self, param: Tensor) -> None:
+        if self._passes[param] == self._accumulate:
             raise UsageError(
-                f"another backward pass after accumulate={self._accumulate} of them without step(). Each backward() "
-                "counts; so does each segment of activation checkpointing with use_reentrant=True (use False)"
+                f"another backward pass after accumulate={self._accumulate} of them without step(): each backward() "
+                f"that reaches {self._names.get(param, 'a parameter')} counts"
             )
-        self._task = task
-        self._passes += 1
+        self._passes[param] += 1
 
     def _stays_whole(self, param: Tensor) -> bool:
         """Whether this parameter's gradients are added up in `.grad`."""
