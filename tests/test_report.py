@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from leantrain.report import write_report
-from leantrain.report.charts import looks
+from leantrain.report.charts import MEASURES, evenly, looks, looks_inside
 from leantrain.report.words import duration, mean_and_spread, p_text, quantity, signed, verdict
 from leantrain.results import differing_settings, summarise, versus_baseline
 
@@ -94,6 +94,22 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(made_up_results(), path)
     return path
+
+
+def with_probes(results: dict[str, Any], places: tuple[str, ...] = ("input", "layers.1", "head")) -> dict[str, Any]:
+    """The same results of runs whose hidden layers were looked at four times."""
+    for run in results["runs"].values():
+        for result in run["results"]:
+            result["probes"] = [
+                {"step": step, "probe/accuracy": 0.8}
+                | {
+                    f"probe/{place}/{measure}": None if measure == "scatter" and not depth else depth + step / 1000
+                    for depth, place in enumerate(places)
+                    for measure in MEASURES
+                }
+                for step in (0, 100, 200, 400)
+            ]
+    return results
 
 
 def words(results: dict[str, Any], name: str) -> str:
@@ -261,6 +277,34 @@ def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path):
     results["runs"]["$x^2$"] = results["runs"].pop("muon")
     write_report(results, tmp_path / "report.html")
     assert "$x^2$</text>" in (tmp_path / "report.html").read_text()
+
+
+def test_what_the_layers_do_is_drawn_where_somebody_looked(page: Path, tmp_path: Path):
+    assert "What the layers do" not in page.read_text()
+    results = with_probes(made_up_results(), ("input", EVIL, "head"))
+    write_report(results, tmp_path / "report.html")
+    parsed = Page((tmp_path / "report.html").read_text())
+    assert all(title in parsed.text for title in ("What the layers do", *MEASURES.values()))
+    assert f"Depth: 0 input, 1 {EVIL}, 2 head." in parsed.text and not parsed.all("script")
+    assert "mathdefault" not in parsed.text  # a formula where a number should be
+    ids = [attributes["id"] for _, attributes in parsed.elements if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    results["runs"]["muon"]["results"] = with_probes(made_up_results(), ("input", "head"))["runs"]["muon"]["results"]
+    write_report(results, tmp_path / "report.html")  # another network, whose depths are others
+    assert "Depth: " not in (tmp_path / "report.html").read_text()
+
+
+def test_looks_inside_are_means_over_the_seeds_at_common_steps():
+    first = {"step": 5, "probe/layers.1/dead": 0.25, "probe/layers.1/scatter": 3.0, "probe/accuracy": 0.5}
+    second = {"step": 5, "probe/layers.1/dead": 0.75, "probe/layers.1/scatter": None, "probe/accuracy": 0.7}
+    results = [
+        {"status": "finished", "probes": [first, {**first, "step": 9}]},
+        {"status": "finished", "probes": [second]},
+        {"status": "failed", "probes": []},
+    ]
+    assert looks_inside(results) == {5: {"layers.1": {"dead": 0.5}}}
+    assert looks_inside([{"status": "finished"}]) == looks_inside([]) == {}
+    assert [evenly(range(n), 3) for n in (0, 1, 3, 7)] == [[], [0], [0, 1, 2], [0, 3, 6]]
 
 
 @pytest.mark.parametrize("left", ["nothing", "no ledger", "null losses", "interrupted"])

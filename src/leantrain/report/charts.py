@@ -7,6 +7,7 @@ any of the common colour-vision deficiencies can tell apart; dashes and markers 
 from __future__ import annotations
 
 import io
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,18 @@ PHASES: Mapping[str, tuple[str, str]] = {
     "update": ("#D55E00", "\\\\\\"),
     "other": ("#B8BCC4", "..."),
 }
+
+MEASURES: Mapping[str, str] = {
+    "linear_probe": "Accuracy of a linear probe",
+    "nearest_mean": "Accuracy of the nearest class mean",
+    "scatter": "Scatter within classes / between them",
+    "effective_rank": "Effective rank",
+    "alignment": "Alignment with the classes",
+    "dead": "Share of dead units",
+}
+"""What a look at hidden layers measures, as `leantrain.analysis.probe` names it, and a figure's title."""
+_EARLIER = 3
+"""Most earlier looks that are drawn behind the last one."""
 
 
 # Text as text (searchable, in the page's font) and never as formulas: a run may well be called "$5".
@@ -133,6 +146,54 @@ def _crop_the_start(axes: Axes, results: Mapping[str, Any]) -> None:
     if losses and max(losses) > min(losses):
         margin = 0.06 * (max(losses) - min(losses))
         axes.set_ylim(min(losses) - margin, max(losses) + margin)
+
+
+def looks_inside(results: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, dict[str, float]]]:
+    """Of one run's results, one per seed: {step: {place: {measure: mean over seeds}}}, at the steps that all of them
+    have. A measure that was not finite for one of them is left out."""
+    by_step = [{int(line["step"]): line for line in result.get("probes") or []} for result in finished(results)]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for step in steps:
+        lines = [seed[step] for seed in by_step]
+        for key in lines[0]:
+            prefix, _, rest = key.partition("/")
+            place, _, measure = rest.rpartition("/")
+            values = [line.get(key) for line in lines]
+            if prefix == "probe" and place and None not in values:
+                found.setdefault(step, {}).setdefault(place, {})[measure] = statistics.fmean(values)
+    return found
+
+
+@_drawing
+def depth_chart(results: Mapping[str, Any], measure: str) -> str:
+    """A measure of MEASURES from the first place of each network to its last: strong at the last look, faint at some
+    earlier ones."""
+    figure, axes = _figure(_SIZE)
+    for name, look in looks(list(results["runs"])).items():
+        inside = list(looks_inside(results["runs"][name]["results"]).values())
+        *earlier, last = inside or [{}]
+        for number, places in enumerate(evenly(earlier, _EARLIER), start=1):
+            values = [place.get(measure, math.nan) for place in places.values()]
+            axes.plot(range(len(values)), values, color=look.colour, alpha=0.18 + 0.1 * number, linewidth=0.9)
+        values = [place.get(measure, math.nan) for place in last.values()]
+        axes.plot(range(len(values)), values, color=look.colour, dashes=look.dash or (None, None), marker=look.marker,
+                  markersize=5, linewidth=2.2)  # fmt: skip
+    if measure == "scatter":  # a network at its start and one at its end are decades apart
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # by default they would be formulas
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xlabel("depth")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    return _svg(
+        figure, f"depth-{measure}", f"{MEASURES[measure]} by depth: faint lines earlier, strong lines at the end"
+    )
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of `items`, from the first one on in equal strides."""
+    return list(items[:: -(-len(items) // most) or 1])
 
 
 @_drawing

@@ -71,6 +71,8 @@ def _contents(results: Mapping[str, Any]) -> dict[str, Any]:
         "runs": _runs_table(results),
         "losses": _loss_charts(results),
         "losses_key": _losses_key(results),
+        "depths": _depth_charts(results),
+        "depths_key": _depths_key(results),
         "costs_charts": _cost_charts(results),
         "used": _used_table(results),
         "tuning": _tuning_table(results),
@@ -149,6 +151,22 @@ def _loss_charts(results: Mapping[str, Any]) -> list[Chart]:
 def _losses_key(results: Mapping[str, Any]) -> str:
     key = "Thin lines: training loss. Strong lines with markers: validation loss"
     return f"{key}, mean over seeds; band: one standard deviation." if len(results["seeds"]) > 1 else f"{key}."
+
+
+def _depth_charts(results: Mapping[str, Any]) -> list[Chart]:
+    if not any(charts.looks_inside(run["results"]) for run in results["runs"].values()):
+        return []
+    return [Chart(title, Markup(charts.depth_chart(results, key))) for key, title in charts.MEASURES.items()]
+
+
+def _depths_key(results: Mapping[str, Any]) -> str:
+    """What the lines mean, and the places along them where all runs have the same."""
+    inside = [charts.looks_inside(run["results"]) for run in results["runs"].values()]
+    networks = {tuple(next(reversed(steps.values()))) for steps in inside if steps}
+    key = "The features that go into each layer, on held-out data. Strong lines: at the end; faint lines: earlier."
+    if len(networks) != 1:
+        return key
+    return f"{key} Depth: {', '.join(f'{number} {name}' for number, name in enumerate(networks.pop()))}."
 
 
 def _cost_charts(results: Mapping[str, Any]) -> list[Chart]:
