@@ -32,7 +32,7 @@ def test_going_on_cuts_the_log_back_and_passes_over_a_torn_line(tmp_path: Path) 
     assert [line["step"] for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())] == [1, 2, 2]
     assert second.curve() == {"train": [[1, 0, 0.5, 0.1], [2, 0, 0.5, 0.2]], "val": [[2, 0, 0.5, 0.7]]}
     assert second.final() == {"train_loss": 0.2, "val_loss": 0.7}
-    assert second.last_evaluation() == 2
+    assert second.last("val_loss") == 2
     assert journal(tmp_path).curve() == {"train": [], "val": []}
 
 

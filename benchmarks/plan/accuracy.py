@@ -103,7 +103,7 @@ def _classifier(name: str, build: Callable[[], nn.Module], batch: int, shape: tu
         name=name,
         build_model=build,
         batch=lambda: Batch(torch.randn(batch, *shape), torch.randint(10, (batch,)), torch.arange(batch)),
-        build_learner=lambda model: Backprop(model, "classification"),
+        build_learner=lambda model, sample: Backprop(model, "classification"),
         shape={"batch": batch},
         resized=lambda batch: _classifier(name, build, batch, shape),
     )

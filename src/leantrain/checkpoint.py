@@ -4,7 +4,8 @@
         model.safetensors          parameters and buffers by name
         optimizer-0.safetensors    the first optimizer's state tensors, `state/PARAMETER/KEY`
         optimizer-0.json           its class, groups and how the tensors belong together
-        state.json                 the step, and what the caller gave as `extra`
+        learner.safetensors, .json what the learner has beside the model, if anything: auxiliary heads
+    state.json                 the step, and what the caller gave as `extra`
         rank-0.safetensors         what only process 0 has: its exchange's state (residuals, momenta); where processes
                                    have weights of their own between meetings, also these and its optimizers' state
         manifest.json              size and BLAKE2b checksum of every file above, written last
@@ -31,6 +32,7 @@ from leantrain import own_state, snapshot
 from leantrain.atomic import whole_folder
 from leantrain.errors import RunError, UsageError
 from leantrain.exchange import Dense, Exchange
+from leantrain.learn import Learner
 from leantrain.processes import rank, succeeded_everywhere
 from leantrain.snapshot import UnsavableState
 
@@ -42,7 +44,7 @@ _NAME = re.compile(r"step-(\d{7,})")
 
 def save(
     folder: Path | str, step: int, model: nn.Module, optimizers: Sequence[Optimizer], extra: dict[str, Any],
-    *, keep: int = 2, exchange: Exchange | None = None,
+    *, keep: int = 2, exchange: Exchange | None = None, learner: Learner | None = None,
 ) -> Path:  # fmt: skip
     """Write `folder`/step-NNNNNNN and then remove all but the `keep` newest. All processes must call it.
 
@@ -53,6 +55,7 @@ def save(
         extra: whatever JSON can hold; `load` gives it back.
         keep: how many checkpoints to leave, >= 1. Ones of later steps are leftovers of a damaged end and go too.
         exchange: the one whose state is to be saved, in every process; None: one without state.
+        learner: the one that trains the model; None: one that has neither state nor parameters of its own.
 
     Returns:
         The checkpoint's folder.
@@ -62,11 +65,14 @@ def save(
         RunError: the disk is full, read-only or otherwise unwilling. What was saved before is untouched.
     """
     folder, exchange = Path(folder), exchange or Dense()
-    own = own_state.pack(model, optimizers, exchange)  # before the block, in which the model is everybody's
+    trained = model if learner is None else learner.module
+    own = own_state.pack(trained, optimizers, exchange)  # before the block, in which the model is everybody's
     path, problem = folder / _folder_name(step), None
     with exchange.consensus():
         snapshots = {"model": snapshot.of_model(model)}
-        snapshots |= {f"optimizer-{i}": snapshot.of_optimizer(each, model) for i, each in enumerate(optimizers)}
+        snapshots |= {f"optimizer-{i}": snapshot.of_optimizer(each, trained) for i, each in enumerate(optimizers)}
+        if learner is not None and (state := learner.state_dict()):
+            snapshots["learner"] = snapshot.of_values(state, type(learner).__name__)
         writes = rank() == 0
         tensors = {name: each.gathered(keep=writes) for name, each in snapshots.items()}
         texts = {name: json.dumps(each.structure) for name, each in snapshots.items() if each.structure}
@@ -128,8 +134,9 @@ def read_state(path: Path | str) -> tuple[int, dict[str, Any]]:
 
 def load(
     path: Path | str, model: nn.Module, optimizers: Sequence[Optimizer], exchange: Exchange | None = None,
+    learner: Learner | None = None,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    """Put the checkpoint's weights and states into `model`, `optimizers` and `exchange`, in place.
+    """Put the checkpoint's weights and states into `model`, `optimizers`, `exchange` and `learner`, in place.
 
     Returns:
         The step and the `extra` it was saved with.
@@ -138,7 +145,7 @@ def load(
         UsageError: it is of another model or other optimizers; the first difference is named, nothing was changed.
         RunError: a file cannot be read.
     """
-    path = Path(path)
+    path, trained = Path(path), model if learner is None else learner.module
     try:
         stored = sorted(path.glob("optimizer-*.json"))
         if len(stored) != len(optimizers):
@@ -147,12 +154,15 @@ def load(
         with safe_open(path / "model.safetensors", "pt") as file:
             snapshot.check_model(model, file)
             for optimizer, structure in zip(optimizers, structures, strict=True):
-                snapshot.check_optimizer(optimizer, model, structure)
+                snapshot.check_optimizer(optimizer, trained, structure)
             snapshot.restore_model(model, file)
         for i, (optimizer, structure) in enumerate(zip(optimizers, structures, strict=True)):
             with safe_open(path / f"optimizer-{i}.safetensors", "pt") as file:
-                snapshot.restore_optimizer(optimizer, structure, model, file)
-        own_state.restore(path, model, optimizers, exchange or Dense())
+                snapshot.restore_optimizer(optimizer, structure, trained, file)
+        if learner is not None and (path / "learner.json").exists():
+            with safe_open(path / "learner.safetensors", "pt") as file:
+                learner.load_state_dict(snapshot.values_of(_read_json(path / "learner.json"), file))
+        own_state.restore(path, trained, optimizers, exchange or Dense())
     except UsageError as error:
         raise UsageError(f"cannot continue from {path}: {error}") from None
     except (OSError, SafetensorError, ValueError, KeyError) as error:

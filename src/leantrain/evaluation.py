@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -12,12 +12,15 @@ from leantrain.learn import Learner
 from leantrain.processes import World
 
 
-def evaluate(learner: Learner, data: Data, world: World, size: int, limit: int | None) -> dict[str, float]:
+def evaluate(
+    learner: Learner, data: Data, world: World, size: int, limit: int | None, *, in_nats: bool = True
+) -> dict[str, float]:
     """Mean loss over the held-out data, the same in every process.
 
     Args:
         size: examples per forward pass of one process.
         limit: most batches of `size`, over all processes together; None: all held-out data.
+        in_nats: whether the loss of text is cross entropy, so that there is a perplexity.
 
     Returns:
         `val_loss`; for text its `val_perplexity`; for classes the `val_accuracy`, a part from 0 to 1.
@@ -30,11 +33,20 @@ def evaluate(learner: Learner, data: Data, world: World, size: int, limit: int |
     sums = world.total({name: value.item() for name, value in found.items()})
     if not sums.get("count"):
         return {"val_loss": math.nan}
-    values = {"val_loss": sums["loss_sum"] / sums["count"]}
-    if data.task == "next_token":
-        values["val_perplexity"] = math.exp(values["val_loss"]) if values["val_loss"] < 700 else math.inf
-    if data.task == "classification":
-        values["val_accuracy"] = sums["correct"] / sums["count"]
+    values = _means("", sums, data.task, in_nats)
+    for output in dict.fromkeys(name.rpartition("/")[0] for name in sums if "/" in name):
+        values |= _means(f"{output}/", sums, data.task, in_nats)
+    return values
+
+
+def _means(output: str, sums: Mapping[str, float], task: str, in_nats: bool) -> dict[str, float]:
+    """Of the sums of one output, whose names begin with `output`."""
+    loss = sums[f"{output}loss_sum"] / sums[f"{output}count"]
+    values = {f"{output}val_loss": loss}
+    if task == "next_token" and in_nats:
+        values[f"{output}val_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+    if task == "classification":
+        values[f"{output}val_accuracy"] = sums[f"{output}correct"] / sums[f"{output}count"]
     return values
 
 

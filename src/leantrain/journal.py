@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from leantrain.trackers import Tracker, open_trackers
 OnEvent = Callable[[dict[str, Any]], None]
 Status = Literal["finished", "interrupted", "failed"]
 SCHEMA = 1
+PROBED = "probe/accuracy"
+"""In every line about the hidden layers."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class RunResult:
     environment: dict[str, Any]
     recipe: dict[str, Any]
     notes: list[str]
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    """Every look at the hidden layers: its `step`, `probe/accuracy` and a `probe/PLACE/MEASURE` for each measure."""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +92,7 @@ class Journal:
             self.notes.append(text)
             self.tell("note", text=text)
 
-    def line(self, kind: Literal["step", "eval"], values: dict[str, Any]) -> None:
+    def line(self, kind: Literal["step", "eval", "probe"], values: dict[str, Any]) -> None:
         """One line of the log, also told as an event and to the trackers."""
         if not self._writes:
             return
@@ -111,9 +115,13 @@ class Journal:
             with self._log.open("rb") as file:
                 os.fsync(file.fileno())
 
-    def last_evaluation(self) -> int:
-        """The step of the newest evaluation in the log, -1 if there is none."""
-        return max((line["step"] for line in self._lines if "val_loss" in line), default=-1)
+    def last(self, key: str) -> int:
+        """The step of the newest line in the log that has `key`, -1 if there is none."""
+        return max((line["step"] for line in self._lines if key in line), default=-1)
+
+    def probes(self) -> list[dict[str, Any]]:
+        """The lines about the hidden layers."""
+        return [line for line in self._lines if PROBED in line]
 
     def final(self) -> dict[str, float | None]:
         """The last losses, from the log."""
@@ -162,4 +170,6 @@ def _plain(value: Any) -> Any:
 
 
 def _tag(kind: str, key: str) -> str:
+    if kind == "probe":
+        return key
     return f"val/{key.removeprefix('val_')}" if kind == "eval" else f"train/{key}"

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from leantrain import checkpoint
+from leantrain import checkpoint, combinations
+from leantrain.analysis.probe import probe
 from leantrain.data import Data
 from leantrain.errors import RunError, UsageError
 from leantrain.evaluation import evaluate
 from leantrain.exchange import Exchange, Share
 from leantrain.finite import FiniteGuard
-from leantrain.journal import Journal, OnEvent, RunResult, Status
+from leantrain.journal import PROBED, Journal, OnEvent, RunResult, Status
 from leantrain.learn import checkpoint_activations
 from leantrain.ledger import record
 from leantrain.ledger.environment import describe
@@ -46,7 +47,6 @@ from leantrain.recipe import (
     build_optimizers,
     recipe_to_dict,
 )  # fmt: skip
-from leantrain.recipe.locate import locate
 from leantrain.recipe.yaml import dump
 from leantrain.snapshot import is_sharded
 from leantrain.trackers import check_trackers
@@ -95,27 +95,26 @@ class Run:
     def __init__(self, recipe: Recipe, world: World, journal: Journal) -> None:
         self.recipe, self.world, self.journal = recipe, world, journal
         self.exchange: Exchange = build_exchange(recipe)
-        _check_processes(recipe, world, self.exchange)
+        combinations.check_processes(recipe, world, self.exchange)
         self.data: Data = build_data(recipe)
         if recipe.max_tokens is not None and self.data.task != "next_token":
             raise UsageError(f"max_tokens={recipe.max_tokens} needs tokens, and {recipe.data.class_path} gives none")
         self.model = build_model(recipe, self.data).to(world.device)
         if recipe.activation_checkpointing:
             checkpoint_activations(self.model)
-        self.attached = self.exchange.attach(self.model)
+        self.learner = build_learner(recipe, self.model, self.data)
+        combinations.check_learner(recipe, world, self.learner)
+        combinations.check_probes(recipe, self.data)
+        self.attached = self.exchange.attach(self.learner.module)
+        self.learner.attach(self.attached)
+        self.exchange.join(self.learner)
         if recipe.compile:
             self.attached.compile()
-        self.optimizers = build_optimizers(recipe, self.model)
-        self.exchange.connect(self.optimizers)
+        self.entered = 0.0
+        self.learner.enter(self.entered)
         self.in_backward: InBackward | None = None
-        if recipe.step_in_backward:
-            (whole,) = self.optimizers
-            self.in_backward = step_in_backward(self.model, whole, accumulate=recipe.accumulate, max_norm=recipe.clip)
-            self.optimizers = [self.in_backward]
-        self.learner = build_learner(recipe, self.attached, self.data.task)
+        self.make_optimizers()
         self.ledger = Ledger(self.attached, self.optimizers) if recipe.ledger else None
-        self.base_lr = [float(group["lr"]) for group in self.groups()]
-        self.trained = [param for group in self.groups() for param in group["params"]]
         self.factor = schedule(recipe.schedule, steps=recipe.steps, warmup=recipe.warmup, min_ratio=recipe.min_lr)
         self.progress = Progress(recipe, world)
         self.guard = FiniteGuard()
@@ -123,7 +122,25 @@ class Run:
         self.saved: Path | None = None
         self.savable, self.stopping = True, False
         self.problem: str | None = None
-        self.evaluated_at = -1
+        self.evaluated_at = self.probed_at = -1
+
+    def make_optimizers(self) -> None:
+        """Optimizers of what the learner trains in its present stage, at the recipe's rates."""
+        recipe = self.recipe
+        self.stage, self.parts = self.learner.stage, self.learner.parts
+        staged = self.learner.stages > 1
+        self.optimizers = build_optimizers(recipe, self.learner.module, self.parts, staged=staged)
+        self.exchange.connect(self.optimizers)
+        if self.in_backward is not None:
+            self.in_backward.remove()
+        if recipe.step_in_backward:
+            (whole,) = self.optimizers
+            self.in_backward = step_in_backward(
+                self.learner.module, whole, accumulate=recipe.accumulate, max_norm=recipe.clip
+            )
+            self.optimizers = [self.in_backward]
+        self.base_lr = [float(group["lr"]) for group in self.groups()]
+        self.trained = [param for group in self.groups() for param in group["params"]]
 
     def to_the_end(self, stop_requested: Callable[[], bool]) -> Status:
         """Step until the budget is spent or somebody asks to stop. A step's checkpoint comes before its evaluation, so
@@ -134,6 +151,8 @@ class Run:
                 return "interrupted"
             if (progress.finished or self.due(recipe.eval_every)) and self.evaluated_at < progress.step:
                 self.evaluate()
+            if self.probed_at < progress.step and self.probe_due():
+                self.probe()
             if progress.finished:
                 return "finished"
             self.step(stop_requested)
@@ -180,6 +199,8 @@ class Run:
                 _seed_everything(self.recipe.seed, self.progress.step, place, self.world.device)
             with self.exchange.gradient_sync(self.attached, enabled=number == len(shares)):
                 result = self.learner.step(share.batch, weight=share.weight)
+                if number == len(shares):
+                    self.learner.hand_over()
             loss = loss + share.weight * result.loss
             used += result.examples_used
         with record.phase("exchange"):
@@ -187,9 +208,18 @@ class Run:
             self.exchange.finish_gradients()
         return self.exchange.known_loss(), used / sum(len(share.batch) for share in shares) if shares else 1.0
 
+    def enter_stage(self, spent: float) -> float:
+        """Let the learner decide what it trains now; returns where its schedule stands, in steps."""
+        self.entered, place = spent, self.learner.enter(spent)
+        if self.learner.stage != self.stage:
+            self.make_optimizers()
+            if self.ledger is not None:
+                self.ledger.watch(self.optimizers)
+        return self.progress.position() if place == spent else place * self.recipe.steps
+
     def set_rates(self) -> None:
         """The schedule's learning rates for this step."""
-        factor = self.factor(self.progress.position())
+        factor = self.factor(self.enter_stage(self.progress.spent()))
         for group, base_lr in zip(self.groups(), self.base_lr, strict=True):
             if isinstance(group["lr"], Tensor):  # some optimizers (torchao's) have compiled this very tensor in
                 group["lr"].fill_(base_lr * factor)
@@ -199,7 +229,11 @@ class Run:
     def apply_gradients(self) -> None:
         """Clip what is in `.grad`, step, and clear it."""
         if self.recipe.clip is not None and self.exchange.clips:
-            clip_grads_with_norm_(self.trained, self.recipe.clip, self.norm)
+            if len(self.parts) == 1:
+                clip_grads_with_norm_(self.trained, self.recipe.clip, self.norm)
+            else:
+                for part in self.parts:  # each as if it were trained alone
+                    clip_grads_with_norm_(part.params, self.recipe.clip, _total_norm(part.params))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -232,8 +266,10 @@ class Run:
             raise RunError(f"processes see different checkpoints in {folder}; it must be on a disk that they share")
         if self.saved is not None:
             check_same_recipe(self.recipe, extra["progress"], self.saved)
-            checkpoint.load(self.saved, self.model, self.optimizers, self.exchange)
             self.progress.restore(extra["progress"])
+            # As before the checkpoint's last step, because it has the optimizers of that step's stage.
+            self.enter_stage(extra.get("entered", 0.0))
+            checkpoint.load(self.saved, self.model, self.optimizers, self.exchange, self.learner)
             self.journal.notes.extend(extra["notes"])
             if self.ledger is not None and extra["ledger"] is not None:
                 self.ledger.load_state_dict(extra["ledger"])
@@ -244,7 +280,8 @@ class Run:
             exchange = type(self.exchange).__name__
             self.journal.note(f"clip={self.recipe.clip} is left out: what {exchange} gives has no norm to clip")
         self.arrange_buckets()
-        self.evaluated_at = int(self.world.highest(self.journal.last_evaluation())[0])
+        last = self.world.highest(self.journal.last("val_loss"), self.journal.last(PROBED))
+        self.evaluated_at, self.probed_at = map(int, last)
         self.journal.tell(
             "start", name=self.recipe.name, step=step, steps=self.recipe.steps, parameters=self.parameters(),
             device=str(self.world.device), world=self.world.size,
@@ -261,9 +298,10 @@ class Run:
         share = self.exchange.shares(batch, self.world.rank, self.world.size, self.recipe.accumulate)[0]
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.learner.step(share.batch.to(self.world.device), weight=0.0)
+        self.learner.hand_over()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        self.model.zero_grad()
+        self.attached.zero_grad()
 
     def log(self) -> None:
         """One line: the mean loss since the line before, and where things stand."""
@@ -281,10 +319,26 @@ class Run:
         parts = self.recipe.accumulate * self.world.size
         limit = None if self.recipe.eval_batches is None else self.recipe.eval_batches * parts
         with self.unmeasured(), self.exchange.consensus():
-            found = evaluate(self.learner, self.data, self.world, self.recipe.batch_size // parts, limit)
+            found = evaluate(
+                self.learner, self.data, self.world, self.recipe.batch_size // parts, limit,
+                in_nats=self.recipe.loss is None,
+            )  # fmt: skip
             counts = {"tokens": self.progress.tokens, "seconds": self.progress.seconds}
             self.journal.line("eval", {"step": self.progress.step, **found, **counts})
         self.evaluated_at = self.progress.step
+
+    def probe_due(self) -> bool:
+        """Before the first step, when it is time, and at the end; never where nobody asked for it."""
+        every, progress = self.recipe.probe_every, self.progress
+        return every > 0 and (progress.step == 0 or progress.finished or self.due(every))
+
+    def probe(self) -> None:
+        """One line about what the hidden layers do, on held-out data that are drawn once and for all."""
+        size = self.recipe.batch_size // (self.recipe.accumulate * self.world.size)
+        with self.unmeasured(), self.exchange.consensus():
+            found = probe(self.model, self.data.eval_batches(size), shuffle=True)
+            self.journal.line("probe", {"step": self.progress.step, **found.scalars()})
+        self.probed_at = self.progress.step
 
     def save(self) -> None:
         """A checkpoint of this step. An optimizer that cannot be saved ends checkpoints with a note, not the run."""
@@ -294,12 +348,16 @@ class Run:
             self.agree(self.guard.settle(), self.stopping, always=True)
             self.journal.flush()
             ledger = self.ledger.state_dict() if self.ledger is not None else None
-            extra = {"progress": self.progress.to_dict(), "notes": self.journal.notes, "ledger": ledger}
+            extra = {
+                "progress": self.progress.to_dict(), "notes": self.journal.notes, "ledger": ledger,
+                "entered": self.entered,
+            }  # fmt: skip
             folder, step = self.journal.folder / "checkpoints", self.progress.step
             try:
                 self.saved = checkpoint.save(
-                    folder, step, self.model, self.optimizers, extra, keep=self.recipe.keep, exchange=self.exchange
-                )
+                    folder, step, self.model, self.optimizers, extra,
+                    keep=self.recipe.keep, exchange=self.exchange, learner=self.learner,
+                )  # fmt: skip
             except checkpoint.UnsavableState as error:
                 self.savable = False
                 self.journal.note(f"this run cannot be resumed: {error}")
@@ -312,7 +370,7 @@ class Run:
         result = RunResult(
             name=self.recipe.name, seed=self.recipe.seed, status=status, steps=progress.step, tokens=progress.tokens,
             examples=progress.examples, seconds=progress.seconds, parameters=self.parameters(),
-            final=self.journal.final(), curve=self.journal.curve(),
+            final=self.journal.final(), curve=self.journal.curve(), probes=self.journal.probes(),
             ledger=self.ledger.summary() if self.ledger is not None and progress.step > 0 else None,
             environment=describe(), recipe=recipe_to_dict(self.recipe), notes=self.journal.notes,
         )  # fmt: skip
@@ -328,23 +386,6 @@ class Run:
 
     def parameters(self) -> int:
         return sum(param.numel() for param in self.model.parameters())
-
-
-def _check_processes(recipe: Recipe, world: World, exchange: Exchange) -> None:
-    """Refuse, before data are read, what cannot be shared out over the processes."""
-    for key, component in (("optim", recipe.optim), ("rest", recipe.rest)):
-        if component is not None:
-            exchange.check_optimizer(locate(key, component.class_path))
-    if recipe.step_in_backward and world.size > 1 and not recipe.exchange.class_path.endswith(".FullyShard"):
-        raise UsageError(
-            f"step_in_backward works on one process or with exchange FullyShard, got {world.size} processes with "
-            f"{recipe.exchange.class_path}"
-        )
-    if recipe.batch_size % (world.size * recipe.accumulate):
-        raise UsageError(
-            f"batch_size must be a multiple of processes x accumulate = {world.size} x {recipe.accumulate}, "
-            f"got batch_size={recipe.batch_size}"
-        )
 
 
 def _seed_everything(seed: int, step: int, place: int, device: torch.device) -> None:

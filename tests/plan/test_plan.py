@@ -52,7 +52,7 @@ def mlp(batch: int = 16) -> Subject:
         name="mlp",
         build_model=lambda: MLP(32, classes=4, hidden=(96, 96)),
         batch=lambda: Batch(torch.randn(batch, 32), torch.randint(4, (batch,)), torch.arange(batch)),
-        build_learner=lambda model: Backprop(model, "classification"),
+        build_learner=lambda model, sample: Backprop(model, "classification"),
         shape={"batch": batch},
         resized=mlp,
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leantrain.errors import UsageError
+from leantrain.learn import Whole
 from leantrain.optim import hidden_matrices
 from leantrain.recipe import (
     Component,
@@ -21,6 +25,8 @@ from leantrain.recipe import (
     build_optimizers,
     recipe_from_dict,
 )  # fmt: skip
+from leantrain.recipe.build import build_loss
+from leantrain.train import train
 
 
 def digits(**changes: Any) -> Recipe:
@@ -161,25 +167,83 @@ def test_an_optimizer_of_another_package_needs_no_adapter() -> None:
 
 
 def test_learner_and_exchange_are_built_as_the_recipe_says() -> None:
-    learner = build_learner(digits(precision="bf16"), small_model(), "classification")
-    assert (learner.task, learner.precision) == ("classification", "bf16")
+    learner = build_learner(digits(precision="bf16"), small_model(), build_data(digits()))
+    outputs, targets = torch.randn(4, 10), torch.arange(4)
+    assert torch.equal(learner.objective.mean(outputs, targets), F.cross_entropy(outputs, targets))
+    assert learner.precision == "bf16"
     model = small_model()
     assert build_exchange(digits()).attach(model) is model
 
 
-class Deaf:
+LOSSES = [
+    ("classification", (6, 4), (6,)), ("next_token", (2, 4, 4), (2, 4)), ("next_token", (3, 5, 7), (3, 5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "outputs", "targets"), LOSSES)
+def test_a_loss_of_the_recipe_is_given_rows_of_classes(
+    task: str, outputs: tuple[int, ...], targets: tuple[int, ...]
+) -> None:
+    recipe = digits(loss={"class": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1})
+    data = SimpleNamespace(task=task)
+    objective = build_learner(recipe, small_model(), data).objective
+    z, y = torch.randn(outputs), torch.randint(4, targets)
+    expected = F.cross_entropy(z.flatten(0, -2), y.flatten(), label_smoothing=0.1)
+    assert torch.equal(objective.mean(z, y), expected)
+    found = objective.sums(z, y)
+    assert found["count"] == y.numel() and found["correct"] == (z.argmax(-1) == y).sum()
+    torch.testing.assert_close(found["loss_sum"], expected * y.numel())
+    assert objective.mean(z.bfloat16(), y).dtype == torch.float32
+    with pytest.raises(UsageError, match=f"{task} takes outputs"):
+        objective.mean(z[:1], y)
+
+
+def test_a_loss_of_numbers_is_given_one_shape() -> None:
+    recipe = digits(loss={"class": "torch.nn.HuberLoss", "delta": 0.5})
+    loss = build_loss(recipe, small_model(), SimpleNamespace(task="regression"))
+    outputs, targets = torch.randn(5, 1), torch.randn(5)
+    assert torch.equal(loss(outputs, targets), F.huber_loss(outputs[:, 0], targets, delta=0.5))
+
+
+def test_without_a_loss_it_is_that_of_the_task() -> None:
+    assert build_loss(digits(), small_model(), build_data(digits())) == "classification"
+
+
+def test_a_loss_that_is_no_mean_is_refused() -> None:
+    recipe = digits(loss={"class": "torch.nn.CrossEntropyLoss", "reduction": "none"})
+    loss = build_loss(recipe, small_model(), build_data(recipe))
+    with pytest.raises(UsageError, match=r"the batch's mean, one number; CrossEntropyLoss\(\) returns \[5\]"):
+        loss(torch.zeros(5, 10), torch.arange(5))
+
+
+def test_buffers_of_a_loss_follow_the_model() -> None:
+    recipe = digits(loss={"class": "leantrain.nn.output_loss.OutputLoss", "class_weight": [1] * 10})
+    loss = build_loss(recipe, small_model().to("meta"), build_data(recipe))
+    assert loss(torch.zeros(5, 10, device="meta"), torch.zeros(5, dtype=torch.int64, device="meta")).is_meta
+
+
+def test_a_recipe_with_a_loss_trains_by_it_and_another_loss_is_another_run(tmp_path: Path) -> None:
+    loss = {"class": "leantrain.nn.output_loss.OutputLoss", "kind": "cubic"}
+    recipe = digits(loss=loss, steps=60, optim={"class": "torch.optim.SGD", "lr": 0.03, "momentum": 0.9}, trackers=[])
+    found = train(recipe, tmp_path).final
+    assert found["val_accuracy"] > 0.5
+    with pytest.raises(UsageError, match=r"is of a run with loss=.*OutputLoss.*, this recipe has loss=None"):
+        train(replace(recipe, loss=None, steps=61), tmp_path)
+
+
+class Deaf(Whole):
     """A learner that knows no precisions."""
 
-    def __init__(self, model: nn.Module, task: str) -> None: ...
-    def step(self) -> None: ...
-    def evaluate(self) -> None: ...
+    def __init__(self, model: nn.Module, loss: str) -> None:
+        super().__init__(model, loss)
 
 
 def test_a_precision_that_the_learner_cannot_honour_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leantrain.learn.Deaf", Deaf, raising=False)
-    assert isinstance(build_learner(digits(learn="Deaf"), small_model(), "classification"), Deaf)
+    data = build_data(digits())
+    assert isinstance(build_learner(digits(learn="Deaf"), small_model(), data), Deaf)
     with pytest.raises(UsageError, match=r"precision='bf16' is not available with learn=leantrain\.learn\.Deaf"):
-        build_learner(digits(learn="Deaf", precision="bf16"), small_model(), "classification")
+        build_learner(digits(learn="Deaf", precision="bf16"), small_model(), data)
 
 
 def test_what_a_constructor_refuses_names_key_class_and_arguments() -> None:

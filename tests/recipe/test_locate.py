@@ -103,6 +103,7 @@ TARGETS = [
     ("optim", "leantrain.optim.Chain"), ("model", "leantrain.nn.Llama"), ("model", "torch.nn.Transformer"),
     ("model", "torch.nn.TransformerEncoder"), ("model", "torch.distributed.nn.RemoteModule"),
     ("model", "torch.fx.GraphModule"), ("data", "leantrain.data.Text"), ("learn", "leantrain.learn.Backprop"),
+    ("loss", "torch.nn.CrossEntropyLoss"), ("loss", "leantrain.nn.output_loss.BoostGrad"),
 ]  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def test_a_file_cannot_allow_itself(stranger: Path) -> None:
     [("optim", "torch.load"), ("optim", "torch.hub.load"), ("model", "torch.hub.load"), ("model", "torch.load"),
      ("model", "torch.jit.load"), ("data", "torch.load"), ("exchange", "torch.utils.cpp_extension.load"),
      ("learn", "torch.os.system"), ("data", "torch.package.PackageImporter"), ("data", "torch.utils.data.DataLoader"),
-     ("model", "leantrain.atomic.shutil.rmtree"), ("rest", "torch.nn.Linear"), ("model", "torch.optim.SGD")],
+     ("model", "leantrain.atomic.shutil.rmtree"), ("rest", "torch.nn.Linear"), ("model", "torch.optim.SGD"),
+     ("loss", "torch.nn.ReLU"), ("loss", "torch.nn.functional.mse_loss")],
 )  # fmt: skip
 def test_trusted_packages_give_only_what_the_place_calls_for(key: str, path: str) -> None:
     with pytest.raises(UsageError, match=f"{key} must be "):

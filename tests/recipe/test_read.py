@@ -76,7 +76,8 @@ def test_a_mapping_without_a_class_changes_single_arguments() -> None:
 
 
 def test_a_recipe_from_yaml_and_json_is_the_recipe_that_was_written() -> None:
-    recipe = recipe_from_dict({**DIGITS, "groups": [{"params": "hidden", "lr": 1e-05}], "rest": "torch.optim.SGD"})
+    recipe = recipe_from_dict({**DIGITS, "groups": [{"params": "hidden", "lr": 1e-05}], "rest": "torch.optim.SGD",
+                               "loss": {"class": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1}})  # fmt: skip
     plain = recipe_to_dict(recipe)
     assert recipe_from_dict(load_text(dump(plain), "here")) == recipe
     assert recipe_from_dict(json.loads(json.dumps(plain))) == recipe
@@ -143,6 +144,13 @@ def test_texts_that_look_like_something_else_stay_texts(text: str) -> None:
         (["--optim", "{class: torch.optim.SGD, lr: 1, init_args: {lr: 2}}"], "optim.lr is given twice"),
         (["--rest.lr", "0.1"], "rest is given arguments (lr) but no class"),
         (["--rest", "torch.optim.SGD"], "rest needs groups"),
+        (["--loss", "torch.nn.Linear"], "loss must be a subclass of torch.nn.Module, called with outputs and targets"),
+        (["--loss", "torch.optim.SGD"], "loss must be a subclass of torch.nn.Module"),
+        (["--loss.alpha", "0.1"], "loss is given arguments (alpha) but no class"),
+        (["--loss", "leantrain.nn.output_loss.OutputLoss", "--loss.alpha", "-1"], "loss: alpha must be a number above"),
+        (["--loss", "torch.nn.CrossEntropyLoss", "--loss.smoothing", "0.1"], "CrossEntropyLoss has no argument"),
+        (["--loss", "torch.nn.AdaptiveLogSoftmaxWithLoss", "--loss.in_features", "9", "--loss.n_classes", "9",
+          "--loss.cutoffs", "[4]"], "loss cannot have parameters to train"),
         (["--step_in_backward", "true", "--groups", "[{params: hidden}]", "--rest", "AdamW"], "takes one optimizer"),
         (["--groups", "[{rank: 4}]"], "groups[0] must be a mapping with params"),
         (["--groups", "[{params: hidden, rnk: 4}]"], "groups[0]: GaLoreAdamW has no option 'rnk'; did you mean 'rank'"),

@@ -67,7 +67,7 @@ def measure(
     if in_backward:
         (optimizer,) = optimizers
         optimizers = [step_in_backward(model, optimizer, max_norm=subject.clip)]
-    learner = subject.build_learner(model)
+    learner = subject.build_learner(model, batch.inputs)
     held = storage_bytes([*model.parameters(), *model.buffers(), batch.inputs, batch.targets, batch.ids])
     ledger = Ledger(model, optimizers, memory_every=1)
     with checkpointed(model) if checkpoint else nullcontext():

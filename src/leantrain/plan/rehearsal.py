@@ -220,7 +220,7 @@ class Rehearsal:
         moved, self._note = live.moved, note
         previous = record.activate(recorder)
         try:
-            learner = subject.build_learner(self.model)
+            learner = subject.build_learner(self.model, self._batch.inputs)
             for _ in range(min(subject.accumulate, 2)):
                 result = learner.step(self._batch, weight=1 / subject.accumulate)
             found.end = moment(complete)
@@ -359,7 +359,7 @@ class _Recorder:
         self._saved, self._existing, self._flops = saved, existing, flops
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, block: int | None = None) -> Iterator[None]:
         forward = name == "forward"
         watching = self._saved.recording(self._existing, follow_operations=False) if forward else nullcontext()
         with self._flops.counting(name), watching:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leantrain.data import Batch
@@ -54,7 +54,8 @@ class Subject:
     build_model: Callable[[], nn.Module]
     batch: Callable[[], Batch]
     """One micro-batch on the CPU."""
-    build_learner: Callable[[nn.Module], Learner]
+    build_learner: Callable[[nn.Module, Tensor], Learner]
+    """Of the model, and inputs on its device."""
     shape: Mapping[str, int]
     """The sizes that a user may change: batch, and context where there is one."""
     resized: Callable[..., Subject]
@@ -123,7 +124,7 @@ def language_model(name: str, build: Callable[[int], nn.Module], vocabulary: int
         name=name,
         build_model=lambda: build(context),
         batch=tokens,
-        build_learner=lambda model: Backprop(model, "next_token"),
+        build_learner=lambda model, sample: Backprop(model, "next_token"),
         shape={"batch": batch, "context": context},
         resized=lambda batch, context: language_model(name, build, vocabulary, batch, context),
     )
@@ -131,7 +132,7 @@ def language_model(name: str, build: Callable[[int], nn.Module], vocabulary: int
 
 def _of(name: str, recipe: Recipe, runs: Mapping[str, Recipe], resized: Callable[..., Subject]) -> Subject:
     for each, run in runs.items():
-        for key in ("model", "data", "batch_size", "accumulate", "precision", "clip", "learn"):
+        for key in ("model", "data", "batch_size", "accumulate", "precision", "clip", "learn", "loss"):
             if getattr(run, key) != getattr(recipe, key):
                 raise UsageError(
                     f"run {each} has another {key} than the others; give it a recipe of its own to plan it"
@@ -148,7 +149,7 @@ def _of(name: str, recipe: Recipe, runs: Mapping[str, Recipe], resized: Callable
         name=name,
         build_model=lambda: build_model(recipe, data),
         batch=lambda: sample,
-        build_learner=lambda model: build_learner(recipe, model, data.task),
+        build_learner=lambda model, sample: build_learner(recipe, model, data, sample),
         shape=shape,
         resized=resized,
         accumulate=recipe.accumulate,

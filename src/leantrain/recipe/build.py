@@ -8,7 +8,7 @@ that printing help does not wait for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leantrain.errors import LeantrainError, UsageError, nearest
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
     from leantrain.data.protocol import Data
     from leantrain.exchange.protocol import Exchange
-    from leantrain.learn.protocol import Learner
+    from leantrain.learn.losses import Loss
+    from leantrain.learn.protocol import Learner, Part
 
 _OTHER_NAMES = {"max_position_embeddings": "context"}
 """What arguments of transformers' configurations are called in `data.spec`."""
+_SAMPLE = 2
+"""Examples that a learner looks at a model with."""
 _AT_LEAST = ("vocab_size", "context", "classes")
 """Sizes of which a model may have more than the data use, but not fewer."""
 
@@ -55,33 +58,77 @@ def build_model(recipe: Recipe, data: Data) -> nn.Module:
     return model
 
 
-def build_optimizers(recipe: Recipe, model: nn.Module) -> list[Optimizer]:
+def build_optimizers(
+    recipe: Recipe, model: nn.Module, parts: Sequence[Part] = (), *, staged: bool = False
+) -> list[Optimizer]:
     """The optimizer of a recipe, and after it `rest` if there is one. Every trainable parameter is in one group.
+
+    Parameters of a part that has a learning rate of its own are in groups of their own.
+
+    Args:
+        model: those of its parameters count that require gradients.
+        parts: what has a learning rate of its own.
+        staged: whether other parameters are trained at other times, so that a group may have none of these.
 
     Options that an optimizer declares as `hidden_only` (such as `rank`) go to the hidden matrices alone, unless the
     recipe divides the parameters itself.
     """
-    from leantrain.optim.groups import parameter_groups
+    from leantrain.optim.groups import parameter_groups, parameters_chosen
 
     cls, args, groups = _optimizer(recipe)
+    if staged:
+        groups = [group for group in groups if parameters_chosen(model, group["params"])]
     described = parameter_groups(model, groups)
     if recipe.rest is None:
-        return [construct("optim", cls, args, described)]
-    optimizer = construct("optim", cls, args, described[: len(groups)])
-    left = described[len(groups) :]
-    if not left:
+        return [_at_rates(construct("optim", cls, args, _by_rate(described, parts)), parts)]
+    chosen, left = _by_rate(described[: len(groups)], parts), _by_rate(described[len(groups) :], parts)
+    if not left and not staged:
         raise UsageError(f"rest ({recipe.rest.class_path}) has nothing to do: groups take every parameter")
-    return [optimizer, _rest(recipe.rest, optimizer, left)]
+    optimizers = [construct("optim", cls, args, chosen)] if chosen else []
+    if left:
+        optimizers.append(_rest(recipe.rest, construct("optim", cls, args, chosen or left), left))
+    return [_at_rates(optimizer, parts) for optimizer in optimizers]
 
 
-def build_learner(recipe: Recipe, model: nn.Module, task: str) -> Learner:
-    """What fills `.grad`: the recipe's learner on `model`, for the task that the data names."""
+def build_learner(recipe: Recipe, model: nn.Module, data: Data, sample: Tensor | None = None) -> Learner:
+    """What fills `.grad`: the recipe's learner on `model`, for its loss or that of the task that the data name.
+
+    Args:
+        sample: inputs on the model's device for a learner that has to look at it; None: two examples of the data.
+    """
+    import torch
+
     cls, args = _checked("learn", recipe.learn)
-    if "precision" in arguments_of(cls)[0]:
+    known, _ = arguments_of(cls)
+    if "precision" in known:
         args["precision"] = recipe.precision
     elif recipe.precision != "fp32":
         raise UsageError(f"precision={recipe.precision!r} is not available with learn={recipe.learn.class_path}")
-    return construct("learn", cls, args, model, task)
+    if "sample" in known:
+        if sample is None:
+            device = next(model.parameters()).device
+            sample = data.train_batch(recipe.seed, 0, _SAMPLE).inputs.to(device)
+        args["sample"] = sample
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return construct("learn", cls, args, model, build_loss(recipe, model, data))
+
+
+def build_loss(recipe: Recipe, model: nn.Module, data: Data) -> Loss:
+    """The recipe's loss on the model's device, for outputs and targets of the data's task; without one the task."""
+    if recipe.loss is None:
+        return data.task
+    from leantrain.learn.losses import aligned
+
+    loss = _loss(recipe.loss).to(next(model.parameters()).device)
+
+    def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        found: Tensor = loss(*aligned(data.task, outputs, targets))
+        if found.dim():
+            raise UsageError(f"loss must return the batch's mean, one number; {loss} returns {list(found.shape)}")
+        return found
+
+    return mean_loss
 
 
 def build_exchange(recipe: Recipe) -> Exchange:
@@ -98,6 +145,8 @@ def try_recipe(recipe: Recipe) -> None:
 
     _checked("data", recipe.data)
     _checked("learn", recipe.learn)
+    if recipe.loss is not None:
+        _loss(recipe.loss)
     # What the recipe leaves out may come from the data.
     _checked("model", recipe.model, complete=False)
     cls, args, groups = _optimizer(recipe)
@@ -135,6 +184,30 @@ def construct(key: str, cls: type, args: Mapping[str, Any], *positional: Any) ->
         raise UsageError(f"{key}: {cls.__qualname__}({shown}) is refused: {reason}") from error
 
 
+def _by_rate(groups: list[dict[str, Any]], parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Groups divided so that all parameters of a group are at one rate."""
+    rates = {id(param): part.rate for part in parts for param in part.params}
+    if len(set(rates.values())) < 2:
+        return groups
+    divided = []
+    for group in groups:
+        by_rate: dict[float, list[Any]] = {}
+        for name, param in group["params"]:
+            by_rate.setdefault(rates.get(id(param), 1.0), []).append((name, param))
+        divided += [{**group, "params": params} for params in by_rate.values()]
+    return divided
+
+
+def _at_rates(optimizer: Optimizer, parts: Sequence[Part]) -> Optimizer:
+    """`optimizer` with the learning rates of its groups multiplied as their parts say."""
+    rates = {id(param): part.rate for part in parts for param in part.params}
+    for group in optimizer.param_groups:
+        rate = rates.get(id(group["params"][0]), 1.0) if group["params"] else 1.0
+        if rate != 1.0:
+            group["lr"] = group["lr"] * rate
+    return optimizer
+
+
 def _checked(key: str, component: Component, complete: bool = True) -> tuple[type, dict[str, Any]]:
     cls = locate(key, component.class_path)
     return cls, check_arguments(cls, key, component.init_args, complete=complete)
@@ -152,6 +225,18 @@ def _filled(cls: type, args: Mapping[str, Any], spec: Mapping[str, Any]) -> dict
         if _OTHER_NAMES.get(name, name) in _AT_LEAST and isinstance(args.get(name), int) and args[name] < least:
             raise UsageError(f"model.{name}={args[name]} is too small: the data need {least}")
     return {**offered, **args}
+
+
+def _loss(component: Component) -> nn.Module:
+    """The module that a recipe's `loss` describes, on the CPU.
+
+    Raises:
+        UsageError: it has parameters of its own, which no optimizer would be given.
+    """
+    loss: nn.Module = construct("loss", *_checked("loss", component))
+    if any(True for _ in loss.parameters()):
+        raise UsageError(f"loss cannot have parameters to train, {component.class_path} has")
+    return loss
 
 
 def _optimizer(recipe: Recipe) -> tuple[type, dict[str, Any], list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ that its place in the recipe calls for. No other name in a recipe is ever import
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,18 @@ def _is_model(cls: type) -> bool:
     return issubclass(cls, Module) or is_huggingface_config(cls)
 
 
+def _is_loss(cls: type) -> bool:
+    from torch.nn import Module
+
+    if not issubclass(cls, Module):
+        return False
+    try:
+        inspect.signature(cls.forward).bind("self", "outputs", "targets")
+    except TypeError:
+        return False
+    return True
+
+
 def _has(*methods: str) -> Callable[[type], bool]:
     return lambda cls: all(callable(getattr(cls, method, None)) for method in methods)
 
@@ -56,8 +69,12 @@ ROLES = {
     "data": Role("leantrain.data", "a class with train_batch and eval_batches", _has("train_batch", "eval_batches")),
     "optim": _OPTIMIZER,
     "rest": _OPTIMIZER,
+    "loss": Role("leantrain.nn", "a subclass of torch.nn.Module, called with outputs and targets", _is_loss),
     "learn": Role(
-        "leantrain.learn", "a class with step and evaluate", _has("step", "evaluate"), ("model", "task", "precision")
+        "leantrain.learn",
+        "a class with the methods of leantrain.learn.Learner",
+        _has("step", "evaluate", "enter", "hand_over"),
+        ("model", "loss", "precision", "sample"),
     ),
     "exchange": Role(
         "leantrain.exchange",

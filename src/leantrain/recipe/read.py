@@ -11,7 +11,7 @@ from leantrain.errors import UsageError, nearest
 from leantrain.recipe.comparison import Comparison, parse_budget
 from leantrain.recipe.locate import check_path, full_path
 from leantrain.recipe.merge import normalised, with_overrides
-from leantrain.recipe.schema import COMPONENTS, Component, Recipe, field_names
+from leantrain.recipe.schema import COMPONENTS, OPTIONAL, Component, Recipe, field_names
 from leantrain.recipe.yaml import load_file, load_text
 
 DEFAULT = {
@@ -55,7 +55,7 @@ def recipe_from_dict(given: Mapping[str, Any], allow: Sequence[str] = ()) -> Rec
     values: dict[str, Any] = {}
     for key, value in normalised(given).items():
         if key in COMPONENTS:
-            values[key] = None if value is None and key == "rest" else _component(key, value, allow)
+            values[key] = None if value is None and key in OPTIONAL else _component(key, value, allow)
         else:
             check_plain(key, value)
             values[key] = convert(key, value, hints[key])

@@ -49,6 +49,9 @@ class Recipe:
     """Optimizer steps to take, at least 1."""
     batch_size: int
     """Examples per optimizer step, summed over all processes and micro-batches; at least 1."""
+    loss: Component | None = None
+    """What outputs are trained and judged by: a `torch.nn.Module` of outputs and targets that returns the batch's mean
+    loss; null: the loss of the data's task."""
     rest: Component | None = None
     """A second optimizer for the parameters that `groups` leaves over; without an `lr` it takes that of `optim`."""
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -80,6 +83,8 @@ class Recipe:
     """Steps between evaluations on the held-out data; 0: only at the end."""
     eval_batches: int | None = None
     """Most batches per evaluation, at least 1; null: all held-out data."""
+    probe_every: int = 0
+    """Steps between looks at what the hidden layers do (classes and texts only); 0: never."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end or when interrupted."""
     keep: int = 2
@@ -107,12 +112,14 @@ class Recipe:
         _check_combinations(self)
 
 
-COMPONENTS = ("model", "data", "optim", "rest", "learn", "exchange")
+COMPONENTS = ("model", "data", "optim", "loss", "rest", "learn", "exchange")
 """The fields of a recipe that name a class."""
+OPTIONAL = ("loss", "rest")
+"""Those that may be null."""
 
 _AT_LEAST = {
     "steps": 1, "batch_size": 1, "accumulate": 1, "eval_batches": 1, "keep": 1, "log_every": 1, "max_tokens": 1,
-    "threads": 1, "eval_every": 0, "checkpoint_every": 0, "seed": 0,
+    "threads": 1, "eval_every": 0, "probe_every": 0, "checkpoint_every": 0, "seed": 0,
 }  # fmt: skip
 _CHOICES = {
     "precision": ("fp32", "bf16"),
