@@ -39,8 +39,8 @@ from leantrain.recipe import Component, Recipe, recipe_from_dict, recipe_to_dict
 
 FAULTS, WORLD, STEPS = 200, 3, 120
 LONGEST_WAIT_S = 0.8
-TIMEOUT_S = 1.5
-HANG_S = 20.0
+TIMEOUT_S = 3.0
+HANG_S = 30.0
 """Timeout, patience with the silent and a loaded machine together take less."""
 
 EXCHANGES: dict[str, dict[str, Any]] = {
