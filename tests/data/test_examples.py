@@ -38,6 +38,12 @@ def test_evaluation_is_every_held_out_row_in_order() -> None:
     assert [batch.ids.tolist() for batch in examples(a_table()).eval_batches(3)] == [[0, 5, 10], [15]]
 
 
+def test_a_limited_evaluation_is_spread_over_all_held_out_rows() -> None:
+    data = examples(a_table(100))
+    assert [batch.ids.tolist() for batch in data.eval_batches(2, limit=2)] == [[0, 25], [50, 75]]
+    assert sum(len(batch) for batch in data.eval_batches(8, limit=3)) == 20, "there are no more"
+
+
 def test_changing_a_batch_does_not_change_the_table() -> None:
     data = examples(a_table())
     before = data.train_batch(0, 0, 16).inputs.clone()

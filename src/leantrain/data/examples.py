@@ -97,8 +97,12 @@ class Examples:
         return Batch(self.augmented(batch.inputs, seed, step), batch.targets, batch.ids)
 
     def eval_batches(self, size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The held-out rows in their own order, at most `limit` batches of `size`; the last may be smaller."""
+        """The held-out rows in their own order, at most `limit` batches of `size`; the last may be smaller. Rows that
+        are left out for the limit are left out evenly, because many data sets are sorted by class."""
         held_out = self.table.held_out
+        wanted = len(held_out) if limit is None else size * limit
+        if 0 < wanted < len(held_out):
+            held_out = held_out[np.arange(wanted) * len(held_out) // wanted]
         return (self._batch(held_out[rows]) for rows in eval_rows(len(held_out), size, limit))
 
     def prepared(self, inputs: NDArray[Any]) -> Tensor:
