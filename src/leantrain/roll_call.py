@@ -23,8 +23,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -40,6 +40,19 @@ _REPORT_AGAIN_S = 0.1
 _LOOK_AGAIN_S = 0.02
 _STORE_S = 3.0
 """Longer than patience plus this, a verdict does not take if the store is in reach."""
+
+
+_background: set[int] = set()
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """In the block, that this thread waits for a message says nothing of its process: it always does."""
+    _background.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _background.discard(threading.get_ident())
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,8 @@ class RollCall:
         frames = sys._current_frames()
         main = frames.get(self._main.ident or 0)
         count, under_way = _collectives()
-        waits = self._failed or under_way or any(map(_in_collective, frames.values()))
+        waiting = any(_in_collective(frame) for thread, frame in frames.items() if thread not in _background)
+        waits = self._failed or under_way or waiting
         return Report(waits, self._timed_out, count, "at an unknown place" if main is None else _place(main), knocks)
 
 

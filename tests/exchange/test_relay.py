@@ -258,16 +258,19 @@ class Asleep(Llama):
         return super().forward(tokens)
 
 
-def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("queue", [4, 1000])
+def test_a_process_that_hangs_is_named(queue: int, tmp_path: Path) -> None:
+    """With room for more than there will be, its thread goes on taking what comes while the process hangs."""
     asleep = Component("tests.exchange.test_relay.Asleep", LLAMA.init_args)
-    exchange = Component(RELAY.class_path, {"meet_every": 1000})
+    exchange = Component(RELAY.class_path, {"meet_every": 1000, "queue": queue})
     recipe = small_recipe(
         learn=GREEDY, exchange=exchange, model=asleep, steps=100_000, batch_size=12, eval_every=0, checkpoint_every=0,
         log_every=1000,
     )  # fmt: skip
     processes = Processes(3, [(recipe, tmp_path / "run")], tmp_path, LEANTRAIN_TIMEOUT_S="3")
     until(lambda: any(event["kind"] == "error" for event in processes.events(2)), 60)
-    processes.workers[0].join(20)
+    if queue < 1000:  # else nothing stops it before the next one is gone
+        processes.workers[0].join(20)
     processes.signal(signal.SIGKILL, rank=1)
     assert processes.wait() == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):

@@ -41,6 +41,7 @@ from leantrain.exchange.channel import Channel
 from leantrain.exchange.dense import Stations, highest
 from leantrain.exchange.protocol import Share, Splittable
 from leantrain.processes import timeout_s as default_timeout_s
+from leantrain.roll_call import in_background
 
 _DIMENSIONS = 8
 _HEADER = 2 + _DIMENSIONS
@@ -293,7 +294,7 @@ class _Neighbour(ABC):
 
     def start(self) -> None:
         if self.thread is None:
-            self.thread = threading.Thread(target=self.work, daemon=True, name=f"{type(self).__name__} {self.peer}")
+            self.thread = threading.Thread(target=self.serve, daemon=True, name=f"{type(self).__name__} {self.peer}")
             self.thread.start()
 
     def join(self) -> None:
@@ -319,9 +320,14 @@ class _Neighbour(ABC):
     def make_way(self) -> None:
         """Let a thread that waits at the queue go on."""
 
+    def serve(self) -> None:
+        """The thread's."""
+        with in_background():
+            self.work()
+
     @abstractmethod
     def work(self) -> None:
-        """The thread's."""
+        """Pass on what there is, until the end."""
 
 
 class _Receiver(_Neighbour):
