@@ -201,6 +201,8 @@ class RollCall:
     def _by_myself(self) -> Verdict:
         """What can be said without the store."""
         knocks = knock(self._others())
+        if knocks.get(0) == "connected":  # its machine answers, and the store that it holds does not: it is frozen
+            return Verdict(gone=[0])
         refused = [peer for peer, answer in knocks.items() if answer == "refused"]
         cut = [sorted((self._rank, peer)) for peer, answer in knocks.items() if answer == "unreachable"]
         return Verdict(gone=refused or ([] if cut else [0]), cut=cut)
