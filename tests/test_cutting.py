@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -325,6 +325,7 @@ def used(model: Graph, value: Tensor) -> set[int]:
     return {number for number, gradient in enumerate(found) if gradient is not None}
 
 
+@example(parents=([-1], [-1], [0], [1, 2]), blocks=2)  # a branch of its own, done before the cut and needed behind it
 @given(parents=graphs, blocks=st.integers(1, 7))
 @settings(max_examples=40, deadline=None)
 def test_as_many_blocks_as_there_are_places_and_no_more(parents: tuple[list[int], ...], blocks: int) -> None:

@@ -51,6 +51,8 @@ class Call:
     name: str
     began: int
     ended: int
+    node: Node | None
+    """Of what it returned, in autograd's graph."""
     like: Tensor | None
     """On the meta device; None unless a single tensor was returned that requires gradients."""
 
@@ -122,7 +124,7 @@ class Cut:
                 raise UsageError(f"block {number + 1} of {len(self)} has nothing to train: {self.described()[number]}")
         self._at: At | None = None
         self._model = model
-        self._skipped = [_before(found.calls, name) for name in self.names]
+        self._skipped = [_before(found.calls, place) for place in chosen]
         likes = {call.name: call.like for call in found.calls if call.like is not None}
         self._shapes: dict[tuple[int, ...], dict[str, Tensor]] = {tuple(sample.shape): likes}
         """By the inputs' shape: what modules return for them."""
@@ -233,11 +235,12 @@ def _returned(model: nn.Module, inputs: Tensor, names: Iterable[str]) -> dict[st
     return found
 
 
-def _before(calls: Sequence[Call], name: str) -> list[str]:
-    """The outermost modules that were called once and were done when `name` was called."""
+def _before(calls: Sequence[Call], place: Place) -> list[str]:
+    """The outermost modules that were called once, were done by then, and work for the features at `place` alone: what
+    another branch has made of the inputs, the next block needs."""
     counts = Counter(call.name for call in calls)
-    start = next(call.began for call in calls if call.name == name)
-    done = [call for call in calls if call.ended < start and call.like is not None and counts[call.name] == 1]
+    start, behind = next(call.began for call in calls if call.name == place.name), _reached(place.node, None)
+    done = [call for call in calls if call.ended < start and call.node in behind and counts[call.name] == 1]
     return [
         call.name for call in done if not any(other.began < call.began and call.ended < other.ended for other in done)
     ]
@@ -265,7 +268,8 @@ def survey(model: nn.Module, sample: Tensor) -> Survey:
 
     def returned(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         trained = isinstance(output, Tensor) and output.requires_grad
-        calls.append(Call(name, open_calls.pop(), next(moments), output.detach().to("meta") if trained else None))
+        node, like = (output.grad_fn, output.detach().to("meta")) if trained else (None, None)
+        calls.append(Call(name, open_calls.pop(), next(moments), node, like))
 
     # What computes a weight (torch.nn.utils.parametrize) is no place in the pass.
     modules = {

@@ -386,7 +386,8 @@ def test_a_worker_whose_packet_is_damaged_is_done_without() -> None:
         return coded(rank, exchange, before_step=damage)
 
     found = in_mortal_processes(4, run)
-    assert "RunError: the connection to rank 0, which decodes, has ended" in found[2]["error"]
+    assert "RunError: " in found[2]["error"]
+    assert "rank 0, which decodes," in found[2]["error"]  # whether it notices by reading or by writing
     left = [found[rank] for rank in (0, 1, 3)]
     assert not any("error" in each for each in left), left
     assert_same_bits(left)
