@@ -56,6 +56,18 @@ def test_who_notices_late_hears_the_verdict_even_if_the_store_has_left() -> None
     assert call[2].verdict(timed_out=False, patience_s=1.0).gone == [1]
 
 
+def test_without_the_store_who_holds_it_is_blamed_before_those_who_have_left() -> None:
+    """Process 0 is frozen: its machine answers, its store does not. Process 1 has noticed and is gone already."""
+    stores, lifelines = meet(3)
+    call = calls(stores, lifelines)
+    lifelines[1].close()
+    assert call[2]._by_myself() == Verdict(gone=[0])
+    lifelines[0].close()
+    assert call[2]._by_myself() == Verdict(gone=[0, 1])
+    for each in call.values():
+        each.close()
+
+
 def test_rank_0_leaves_last_where_all_went_well() -> None:
     stores, lifelines = meet(2)
     call = calls(stores, lifelines)
